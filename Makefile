@@ -1,0 +1,66 @@
+# `make demo` and `make test` need nothing but Python 3.11 or 3.12: they set up .venv themselves.
+#   make demo     train the toy world on this machine (ARGS="--set train.steps=20" is passed on)
+#   make test     lint, types and tests               (ARGS="tests/judge -k plural" is passed on)
+#   make lint     lint and types
+#   make venv     only the environment
+#   make clean    remove what these commands made; data/ and runs/ stay
+
+SHELL := /bin/bash
+VENV ?= .venv
+BIN := $(VENV)/bin
+PACKAGES := core kernels rollout judge bench
+TORCH ?= 2.13.0
+# Asked only on Linux without an NVIDIA GPU, and only if pip's own sources have no CPU build.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
+	$$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$python && break; done)
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+QUICK := --no-deps --timeout 10 --retries 1
+
+# Without it Python puts the script's folder first on its path, here core/ or bench/.
+export PYTHONSAFEPATH := 1
+
+.PHONY: help venv demo test lint clean
+help:
+	@sed -n '1,6s/^# \{0,1\}//p' Makefile
+
+venv: $(VENV)/.installed
+
+demo: venv
+	$(BIN)/torchrun --standalone --nproc-per-node 1 core/train.py $(ARGS)
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 $(ARGS)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@mkdir -p build/ns/speciarl
+	@for name in $(PACKAGES); do ln -sfn ../../../$$name build/ns/speciarl/$$name; done
+	$(BIN)/mypy -p speciarl
+
+$(VENV)/.torch-$(TORCH):
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with its venv module is needed; if it has" \
+		"another name: make venv PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@if [ "$$(uname -s)" != Linux ] || command -v nvidia-smi >/dev/null; then \
+		echo "Installing torch $(TORCH)"; \
+		$(PIP) torch==$(TORCH); \
+	else \
+		echo "No NVIDIA GPU: installing the CPU build of torch $(TORCH)"; \
+		$(PIP) $(QUICK) torch==$(TORCH)+cpu 2>/dev/null \
+		|| $(PIP) $(QUICK) --index-url $(TORCH_CPU_INDEX) torch==$(TORCH)+cpu 2>/dev/null \
+		|| { echo "No CPU build found: installing the default one, which may be large"; \
+			$(PIP) torch==$(TORCH); }; \
+	fi
+	@touch $@
+
+$(VENV)/.installed: setup.py $(VENV)/.torch-$(TORCH)
+	@echo "Installing speciarl and its development tools"
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build speciarl.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find $(PACKAGES) tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,132 @@
+"""The console command `speciarl`: this folder's scripts as subcommands, and small tools."""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+# Loaded when called: they import torch and transformers, and `speciarl --help` is to be immediate.
+SCRIPTS = {
+    "train": ("speciarl.core.train:main", "Train a policy with the SpeciaRL reward."),
+    "evaluate": ("speciarl.core.evaluate:main", "Evaluate a checkpoint or model, per data set."),
+    "sft": ("speciarl.core.sft:main", "Supervised training on (image, answer)."),
+}
+DATA_SCRIPTS = {
+    "check": ("speciarl.core.datacheck:main", "Open every image, look up every label."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group with commands that are imported on their first use.
+
+    lazy: name -> ("module:attribute", one line of help).
+    """
+
+    def __init__(self, *args: Any, lazy: Mapping[str, tuple[str, str]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lazy = lazy
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*self.lazy, *super().list_commands(ctx)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.lazy:
+            return super().get_command(ctx, cmd_name)
+        module, _, attribute = self.lazy[cmd_name][0].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [(name, text) for name, (_, text) in self.lazy.items()]
+        rows += [(name, self.commands[name].get_short_help_str()) for name in sorted(self.commands)]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+@click.group(
+    cls=LazyGroup,
+    lazy=SCRIPTS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Several GPUs: torchrun --nproc-per-node 8 --no-python speciarl train",
+)
+@click.version_option(package_name="speciarl")
+def main() -> None:
+    """Specificity-aware reinforcement learning for vision-language models.
+
+    \b
+    Examples:
+      speciarl train                                      the toy world, on any machine
+      speciarl train --preset cub-qwen2.5-vl-7b-lora --set data.train.birds.path=CUB_200_2011
+      speciarl train --preset toyworld --print-config     every setting, nothing run
+      speciarl data check --set data.train.birds.path=DIR look at the images before training
+    """
+
+
+@main.group(cls=LazyGroup, lazy=DATA_SCRIPTS)
+def data() -> None:
+    """Make and check data."""
+
+
+@data.command()
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+def toyworld(out: Path) -> None:
+    """Draw the toy world.
+
+    Images in the layout of CUB-200-2011, captions and a taxonomy; about 10 s. A folder that holds
+    the same world is left as it is.
+
+    \b
+    Example:
+      speciarl data toyworld --out data/toyworld
+    """
+    from speciarl.core.toyworld import ensure_toyworld
+
+    try:
+        click.echo(ensure_toyworld(out))
+    except OSError as error:
+        raise click.ClickException(str(error)) from None
+
+
+@main.group()
+def judge() -> None:
+    """Ask a judge."""
+
+
+@judge.command()
+@click.option("--taxonomy", "files", multiple=True, required=True, help="File; may be repeated.")
+@click.option("--truth", required=True, help="What the image shows.")
+@click.option("--prediction", required=True, help="An answer, or a completion with answer tags.")
+def grade(files: tuple[str, ...], truth: str, prediction: str) -> None:
+    """Print the category of a prediction.
+
+    In brackets: what decided it.
+
+    \b
+    Examples:
+      speciarl judge grade --taxonomy data/toyworld/taxonomy.json \\
+          --truth "golden warbler" --prediction warbler
+      speciarl judge grade --taxonomy birds.json --truth "house sparrow" \\
+          --prediction "<answer>a bird</answer>"
+    """
+    from speciarl.judge.answers import parse_answer
+    from speciarl.judge.base import Pair
+    from speciarl.judge.taxonomy import Taxonomy, TaxonomyJudge
+    from speciarl.kernels.codes import FORMAT, NAMES
+
+    try:
+        grader = TaxonomyJudge(Taxonomy.load(*files))
+        grader.check([truth])
+    except (OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from None
+    answer = parse_answer(prediction) if "<answer" in prediction else prediction
+    if answer is None:
+        click.echo(f"{NAMES[FORMAT]} (not exactly one pair of answer tags)")
+        return
+    verdict = grader.grade([Pair(truth, answer)])[0]
+    assert verdict.category is not None  # only for a truth without an entry
+    click.echo(f"{NAMES[verdict.category]} ({verdict.source})")
+
+
+if __name__ == "__main__":
+    main()

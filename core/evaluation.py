@@ -1,0 +1,167 @@
+"""Evaluation: greedy (or best of k) answers, their verdicts, and the paper's metrics."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from speciarl.core.collect import Collector, JudgedGroup
+from speciarl.core.examples import Example
+from speciarl.core.stream import PromptStore
+from speciarl.core.world import World
+from speciarl.judge.answers import parse_answer
+from speciarl.judge.registry import JudgeConfig
+from speciarl.kernels.codes import NAMES
+from speciarl.rollout.engine import Sampling
+
+CHUNK = 64
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How the policy is evaluated, during training and by `core/evaluate.py`."""
+
+    every: int = 40
+    """Training steps between evaluations; 0 evaluates only before and after."""
+    k: int = 1
+    """Answers per image: 1 is greedy; more is the best of k, an oracle."""
+    temperature: float = 0.6
+    """Sampling temperature of best-of-k."""
+    top_p: float = 0.95
+    """Nucleus of best-of-k."""
+    max_new_tokens: int = 0
+    """Length limit of an answer; 0 takes the rollout's."""
+    seed: int = 0
+    """Of best-of-k sampling."""
+    judge: JudgeConfig = field(default_factory=lambda: JudgeConfig(kind="same"))
+    """Judge of evaluation; kind "same" takes the training judge's settings."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.k < 1 or self.max_new_tokens < 0:
+            raise ValueError("every and max_new_tokens must not be negative, k at least 1")
+        if self.k > 1 and not (self.temperature > 0 and 0 < self.top_p <= 1):
+            raise ValueError("best of k needs temperature > 0 and 0 < top_p <= 1")
+
+    def sampling(self, limit: int) -> Sampling:
+        """Greedy for k = 1, else the oracle's sampling; `limit` is the rollout's length."""
+        length = self.max_new_tokens or limit
+        if self.k == 1:
+            return Sampling(temperature=0.0, max_new_tokens=length)
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            max_new_tokens=length,
+            seed=self.seed,
+        )
+
+
+class Predictions:
+    """JSON lines in a folder, one file a rank, from which an interrupted evaluation goes on.
+
+    Args:
+        folder: where the files lie; made if needed.
+        settings: what the predictions depend on.
+        world: of the evaluation.
+
+    Raises:
+        ValueError: the folder holds predictions made with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], world: World) -> None:
+        self.folder = folder
+        self.path = folder / f"predictions.rank{world.rank}.jsonl"
+        world.first(lambda: self._claim(dict(settings)) or True)
+        self.rows = {row["key"]: row for row in self._read()}
+        world.barrier()
+
+    def _claim(self, settings: dict[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record = self.folder / "settings.json"
+        if record.exists():
+            before = json.loads(record.read_text())
+            changed = [k for k in {*before, *settings} if before.get(k) != settings.get(k)]
+            if changed:
+                raise ValueError(
+                    f"{self.folder} holds predictions made with other settings "
+                    f"({', '.join(sorted(changed))}): choose another folder or remove it"
+                )
+        record.write_text(json.dumps(settings, indent=1))
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        """Rows of every rank's file; a line cut off by a kill is left out, and done again."""
+        for path in sorted(self.folder.glob("predictions.rank*.jsonl")):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Appends rows, whole lines, to this rank's file."""
+        cut = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("\n" if cut and self.path.stat().st_size else "")
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self.rows.update((row["key"], row) for row in rows)
+
+
+def _row(group: JudgedGroup, texts: Sequence[str]) -> dict[str, Any]:
+    example = group.example
+    return {
+        "key": example.key,
+        "dataset": example.dataset,
+        "domain": example.domain,
+        "truth": example.truth,
+        "answers": [parse_answer(text) for text in texts],
+        "categories": [NAMES[c.code] for c in group.completions],
+        "codes": [c.code for c in group.completions],
+        "texts": list(texts),
+        "finish": [c.finish for c in group.completions],
+    }
+
+
+def evaluate(
+    collector: Collector,
+    store: PromptStore,
+    datasets: Mapping[str, Sequence[Example]],
+    sampling: Sampling,
+    k: int,
+    world: World,
+    predictions: Predictions,
+    progress: Any = None,
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Answers for every image of every dataset that has none yet.
+
+    Args:
+        collector: engine and judge of this evaluation.
+        datasets: examples by dataset name.
+        k: answers per image.
+        predictions: answers already there, and where new ones go.
+        progress: called with the number of images done since the last call.
+
+    Returns:
+        (all rows, skipped examples with reasons), the same on every rank.
+    """
+    wanted = [example for part in datasets.values() for example in part]
+    missing = [example for example in wanted if example.key not in predictions.rows]
+    mine = missing[world.rank :: world.size]
+    skipped: dict[str, str] = {}
+    for start in range(0, len(mine), CHUNK):
+        chunk = mine[start : start + CHUNK]
+        work = [(e, p) for e in chunk if (p := store.get(e)) is not None]
+        skipped.update({e.key: store.problems[e.key] for e in chunk if e.key in store.problems})
+        if work:
+            groups, _ = collector.collect(work, k, sampling)
+            decode = collector.builder.decode
+            predictions.add([_row(g, [decode(c.ids) for c in g.completions]) for g in groups])
+        if progress is not None:
+            progress(len(chunk))
+    rows: dict[str, dict[str, Any]] = {}
+    for part in world.gather(predictions.rows):
+        rows.update(part)
+    for bad in world.gather(skipped):
+        skipped.update(bad)
+    return [rows[e.key] for e in wanted if e.key in rows], skipped

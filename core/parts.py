@@ -1,0 +1,262 @@
+"""Everything a run is made of, put together from the configuration."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from speciarl.core.checkpoint import CheckpointStore, check_shared
+from speciarl.core.collect import Collector
+from speciarl.core.config import Config
+from speciarl.core.evaluation import Predictions, evaluate
+from speciarl.core.examples import DataTable, Example, load_examples, load_union
+from speciarl.core.learner import Learner
+from speciarl.core.metrics import Report, best_of_k, report
+from speciarl.core.monitor import Monitor
+from speciarl.core.optim import Optimizer
+from speciarl.core.policy import Policy, load_model
+from speciarl.core.prompts import PromptBuilder
+from speciarl.core.stream import PromptStore, PromptStream
+from speciarl.core.toyworld import ensure_toyworld
+from speciarl.core.world import World
+from speciarl.judge.base import Judge
+from speciarl.judge.registry import JudgeConfig, make_judge
+from speciarl.rollout.engine import Prompt, RolloutEngine
+from speciarl.rollout.registry import make_engine
+
+
+@dataclass
+class Data:
+    """Prompts and examples: training set and evaluation sets by name."""
+
+    builder: PromptBuilder
+    store: PromptStore
+    train: list[Example]
+    eval: dict[str, list[Example]]
+
+
+def open_data(config: Config, world: World) -> Data:
+    """Reads every table (generating the toy world where it is wanted and missing).
+
+    Raises:
+        FileNotFoundError, ValueError: naming the table's missing file or malformed line.
+    """
+    data = config.data
+    if data.toyworld:
+        world.first(lambda: ensure_toyworld(Path(data.toyworld)))
+    builder = PromptBuilder(
+        config.model.folder,
+        variant=data.variant,
+        instruction=data.instruction,
+        max_prompt_tokens=data.max_prompt_tokens,
+    )
+    return Data(
+        builder,
+        PromptStore(builder, data.cached_prompts),
+        load_union(data.train),
+        {name: load_examples(name, table) for name, table in data.eval.items()},
+    )
+
+
+def open_judge(config: JudgeConfig, tables: Mapping[str, DataTable], truths: Sequence[str]) -> Judge:
+    """The judge, checked against every label it will be asked about.
+
+    Raises:
+        ValueError: no taxonomy named, or labels without an entry in it.
+    """
+    files = sorted({table.taxonomy for table in tables.values() if table.taxonomy})
+    if not files:
+        raise ValueError(
+            f"judge kind {config.kind!r} needs a taxonomy: set taxonomy = FILE in a "
+            f"[data] table ({', '.join(tables) or 'there is none'})"
+        )
+    judge = make_judge(config.kind, taxonomy=files)
+    judge.check(truths)  # type: ignore[attr-defined]
+    return judge
+
+
+def open_engine(config: Config, world: World, builder: PromptBuilder) -> RolloutEngine:
+    """The rollout engine of this rank, with a copy of the policy's first weights."""
+    model: nn.Module = load_model(config.model, config.model.compute_dtype(world.device))
+    return make_engine(
+        config.rollout,
+        model.to(world.device).eval(),
+        stop_ids=builder.stop_ids,
+        banned_ids=builder.banned_ids,
+    )
+
+
+@dataclass
+class Parts:
+    """What the trainer works with."""
+
+    out: Path
+    data: Data
+    policy: Policy
+    optimizer: Optimizer
+    learner: Learner
+    engine: RolloutEngine
+    collector: Collector
+    evaluator: Collector
+    stream: PromptStream
+    store: CheckpointStore
+    monitor: Monitor
+    config: Config
+    world: World
+
+    @property
+    def builder(self) -> PromptBuilder:
+        """Processor and tokenizer."""
+        return self.data.builder
+
+    def prompt(self, example: Example) -> Prompt:
+        """The prompt of an example that could be built before.
+
+        Raises:
+            RuntimeError: its image cannot be read any more.
+        """
+        prompt = self.data.store.get(example)
+        if prompt is None:
+            raise RuntimeError(self.data.store.problems[example.key])
+        return prompt
+
+    def evaluate(self, step: int) -> Report:
+        """Metrics of the engine's weights on every evaluation set; kept in the run folder."""
+        config, folder = self.config.evaluation, self.out / "evaluation" / f"step-{step:06d}"
+        if self.world.main:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.world.barrier()
+        rows, skipped = evaluate(
+            self.evaluator,
+            self.data.store,
+            self.data.eval,
+            config.sampling(self.config.rollout.max_new_tokens),
+            config.k,
+            self.world,
+            Predictions(folder, {"step": step, "k": config.k}, self.world),
+        )
+        result = report_of(rows)
+        if self.world.main:
+            write_metrics(folder, result, skipped)
+        return result
+
+    def export(self) -> Path:
+        """The policy with tokenizer and image processor, in HF layout. Collective."""
+        folder = self.out / "model"
+        export_model(self.policy, self.builder, folder, self.world)
+        return folder
+
+    def close(self) -> None:
+        """Engine, judge threads and files."""
+        self.collector.close()
+        self.evaluator.close()
+        self.collector.judge.close()
+        self.engine.close()
+        self.monitor.close()
+
+
+def report_of(rows: Sequence[Mapping[str, Any]]) -> Report:
+    """Metrics of prediction rows; of several answers to an image, the best counts."""
+    if not rows:
+        raise ValueError("nothing to evaluate: no [data.eval] table has a usable image")
+    codes = best_of_k(np.array([row["codes"] for row in rows], dtype=np.int8))
+    return report(codes, [row["dataset"] for row in rows], [row["domain"] for row in rows])
+
+
+def write_metrics(folder: Path, result: Report, skipped: Mapping[str, str]) -> None:
+    """metrics.json beside the predictions."""
+    record = {**result.as_dict(), "skipped": dict(skipped)}
+    (folder / "metrics.json").write_text(json.dumps(record, indent=1))
+
+
+def export_model(policy: Policy, builder: PromptBuilder, folder: Path, world: World) -> None:
+    """Weights, configuration, tokenizer and image processor in one folder. Collective."""
+    policy.save_hf(folder)
+    if world.main:
+        builder.save(folder)
+    world.barrier()
+
+
+def build(
+    config: Config, world: World, *, reference: bool | None = None, quiet: bool = False
+) -> Parts:
+    """All parts of a training run. Fails before loading weights where the input is wrong.
+
+    Args:
+        reference: hold a frozen reference; None: where the objective has a KL term.
+    """
+    if reference is None:
+        reference = bool(config.objective.kl_coef)
+    out = Path(config.train.out)
+    world.first(lambda: out.mkdir(parents=True, exist_ok=True) or True)
+    check_shared(out)
+    data = open_data(config, world)
+    every = {**config.data.train, **{f"eval.{k}": v for k, v in config.data.eval.items()}}
+    truths = [e.truth for part in (data.train, *data.eval.values()) for e in part]
+    judge = open_judge(config.judge, every, truths)
+    kind = config.evaluation.judge
+    examiner = judge if kind.kind == "same" else open_judge(kind, every, truths)
+    stream = PromptStream(data.train, data.store, world, config.train.seed)
+    banned = tuple(data.builder.banned_ids)
+    policy = Policy(config.model, world, banned, reference=reference)
+    optimizer = Optimizer(config.optim, policy.parameters())
+    learner = Learner(
+        policy,
+        optimizer,
+        config.objective,
+        config.reward,
+        world,
+        temperature=config.rollout.temperature,
+        limit=config.rollout.max_new_tokens,
+        token_budget=config.train.token_budget,
+        mini_batch=config.train.mini_batch,
+        prompt_of=data.store.get,
+    )
+    engine = open_engine(config, world, data.builder)
+    store = CheckpointStore(out, config.train.keep)
+    return Parts(
+        out=out,
+        data=data,
+        policy=policy,
+        optimizer=optimizer,
+        learner=learner,
+        engine=engine,
+        collector=Collector(engine, judge, data.builder, config.judge.workers),
+        evaluator=Collector(engine, examiner, data.builder, config.judge.workers),
+        stream=stream,
+        store=store,
+        monitor=open_monitor(config, world, store, quiet=quiet),
+        config=config,
+        world=world,
+    )
+
+
+def open_monitor(
+    config: Config, world: World, store: CheckpointStore, *, quiet: bool = False
+) -> Monitor:
+    """The monitor of a run that goes on from its newest checkpoint."""
+    from speciarl.core.settings import to_dict
+
+    start = store.latest() or 0
+    if config.train.resume == "previous" and start:
+        start = store.previous(start) or 0
+    return Monitor(
+        Path(config.train.out),
+        rank=world.rank,
+        total_steps=config.train.steps,
+        config=to_dict(config),
+        quiet=quiet,
+        start_step=start,
+    )
+
+
+def with_model(config: Config, path: str) -> Config:
+    """The same configuration with another model."""
+    return replace(config, model=replace(config.model, path=path))

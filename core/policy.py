@@ -1,0 +1,298 @@
+"""The policy: a transformers vision-language model, sharded, that scores completions."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from speciarl.core.attention import NAME, ROUTES, best_route
+from speciarl.core.batch import PackedBatch
+from speciarl.core.lora import add_lora, adapters_off
+from speciarl.core.world import World
+from speciarl.kernels.head import linear_logprob
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and how it is held."""
+
+    path: str = "toy"
+    """Checkpoint folder or hub name; "toy" is the packaged base policy of the toy world."""
+    dtype: str = "auto"
+    """Compute type: "bfloat16", "float32", or "auto" (bfloat16 on CUDA, float32 on the CPU).
+    Trained weights and their optimizer state are float32 in either case."""
+    lora_rank: int = 0
+    """Rank of the LoRA adapters on every linear layer of the language model; 0 trains all."""
+    lora_alpha: float = 32.0
+    """LoRA scale: the adapters' product is multiplied by alpha / rank."""
+    freeze_vision: bool = False
+    """Leaves the vision tower as it is (always so with LoRA)."""
+    checkpoint_activations: bool = False
+    """Recomputes each layer in the backward pass: less memory, about a third more time."""
+    reshard_after_forward: bool = True
+    """Frees gathered weights between forward and backward: less memory, more traffic."""
+    cpu_offload: bool = False
+    """Keeps shards, gradients and optimizer state on the host."""
+    attention: str = "auto"
+    """"flash-attn", "varlen" (torch's own, CUDA), "sdpa" (padded), or "auto"."""
+    head_route: str = "auto"
+    """Implementation of the fused log-prob; see speciarl.kernels.head."""
+    head_chunk: int = 0
+    """Rows of the head computed at once; 0 lets the route choose."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", *DTYPES):
+            raise ValueError(f"dtype={self.dtype!r}: one of auto, {', '.join(DTYPES)}")
+        if self.attention not in ("auto", *ROUTES):
+            raise ValueError(f"attention={self.attention!r}: one of auto, {', '.join(ROUTES)}")
+        if self.lora_rank < 0 or self.head_chunk < 0:
+            raise ValueError("lora_rank and head_chunk must not be negative")
+
+    def compute_dtype(self, device: torch.device) -> torch.dtype:
+        """The type of the forward pass on this device."""
+        if self.dtype == "auto":
+            return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return DTYPES[self.dtype]
+
+    @property
+    def folder(self) -> str:
+        """`path`, with "toy" replaced by the packaged checkpoint."""
+        packaged = Path(__file__).parent / "toybase"
+        return str(packaged) if self.path == "toy" else self.path
+
+
+class LogProbHead(nn.Linear):
+    """The output layer under its own name, `lm_head.weight`, with the log-prob inside.
+
+    The product must happen in this module's forward: only there is its weight gathered.
+    """
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, **how: Any) -> Any:  # type: ignore[override]
+        """hidden [C, H] and targets [C] -> log-probs [C] fp32 (and entropy); without targets,
+        plain logits, as transformers' own code expects."""
+        if targets is None:
+            return super().forward(hidden)
+        return linear_logprob(hidden, self.weight, targets, **how)
+
+
+class PackedVLM(nn.Module):
+    """The root FSDP unit: packed tokens and images in, log-probs of the targets out."""
+
+    def __init__(self, model: nn.Module, route: str) -> None:
+        super().__init__()
+        self.model = model
+        self.route = route
+
+    def forward(self, batch: PackedBatch, **how: Any) -> Any:
+        """Log-probs [C] of `batch.targets`; `how` goes to the head (temperature, banned, ...)."""
+        inner: Any = self.model.model
+        embeds = inner.get_input_embeddings()(batch.input_ids)
+        extra: dict[str, Any] = {}
+        if batch.images:
+            vision = inner.get_image_features(**batch.images, return_dict=True)
+            features = _joined(vision.pooler_output).index_select(0, batch.feature_of)
+            embeds = embeds.index_copy(1, batch.image_at, features[None].to(embeds.dtype))
+            deep = getattr(vision, "deepstack_features", None)
+            if deep is not None:
+                mask = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+                extra["visual_pos_masks"] = mask.index_fill(1, batch.image_at, True)
+                extra["deepstack_visual_embeds"] = [
+                    _joined(level).index_select(0, batch.feature_of) for level in deep
+                ]
+        hidden = inner.language_model(
+            inputs_embeds=embeds,
+            position_ids=batch.positions,
+            attention_mask=None,
+            use_cache=False,
+            packed=batch.packed,
+            route=self.route,
+            **extra,
+        ).last_hidden_state[0]
+        return self.model.lm_head(hidden.index_select(0, batch.rows), batch.targets, **how)
+
+
+def _joined(features: Tensor | tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+    return features if isinstance(features, Tensor) else torch.cat(list(features))
+
+
+def load_model(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    """transformers' own class with the checkpoint's weights, on the host.
+
+    Raises:
+        OSError: no such checkpoint; the message names the path.
+    """
+    return AutoModelForImageTextToText.from_pretrained(config.folder, dtype=dtype)
+
+
+class Policy:
+    """Trainable model and, where the objective has a KL term, its frozen reference.
+
+    Args:
+        config: what to load and how to hold it.
+        world: the process group to shard over.
+        banned: token ids masked out of the distribution, exactly as the sampler masks them.
+        reference: hold a reference (with LoRA: the same weights, adapters off).
+    """
+
+    def __init__(
+        self, config: ModelConfig, world: World, banned: tuple[int, ...], *, reference: bool
+    ) -> None:
+        self.config = config
+        self.world = world
+        self.dtype = config.compute_dtype(world.device)
+        self.banned = torch.tensor(banned, device=world.device) if banned else None
+        self.net = self._shard(load_model(config, self._stored_dtype), trainable=True)
+        # Taken now: between forward and backward FSDP shows the gathered tensors instead.
+        self._sharded = dict(self.hf.named_parameters())
+        self.image_token_id = int(self.hf.config.image_token_id)  # type: ignore[union-attr,arg-type]
+        self.frozen: PackedVLM | None = None
+        if reference and not config.lora_rank:
+            self.frozen = self._shard(load_model(config, self.dtype), trainable=False)
+
+    @property
+    def hf(self) -> nn.Module:
+        """The transformers model inside."""
+        return self.net.model
+
+    @property
+    def _stored_dtype(self) -> torch.dtype:
+        """Frozen weights need no fp32 copy; trained ones do."""
+        return self.dtype if self.config.lora_rank else torch.float32
+
+    def _shard(self, model: Any, *, trainable: bool) -> PackedVLM:
+        config, world = self.config, self.world
+        model.set_attn_implementation({"text_config": NAME, "vision_config": "sdpa"})
+        head = LogProbHead(*reversed(model.lm_head.weight.shape), bias=False, device="meta")
+        head.weight = model.lm_head.weight
+        model.lm_head = head
+        model.requires_grad_(trainable and not config.lora_rank)
+        if trainable and config.lora_rank:
+            add_lora(model, config.lora_rank, config.lora_alpha)
+        if config.freeze_vision:
+            model.model.visual.requires_grad_(False)
+        if trainable and config.checkpoint_activations:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        route = config.attention
+        net = PackedVLM(model, best_route(world.device, self.dtype) if route == "auto" else route)
+        net.train(trainable)
+        how: dict[str, Any] = {
+            "mesh": world.mesh,
+            "mp_policy": MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32),
+            "offload_policy": CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy(),
+            "reshard_after_forward": config.reshard_after_forward,
+        }
+        for layer in [m for m in net.modules() if isinstance(m, GradientCheckpointingLayer)]:
+            fully_shard(layer, **how)
+        text = model.model.language_model
+        if head.weight is text.get_input_embeddings().weight:
+            # A tied weight belongs to one unit only, so its modules must share it.
+            fully_shard([text.get_input_embeddings(), text.norm, head], **how)
+        else:
+            fully_shard(head, **how)
+        fully_shard(net, **how)
+        for unit in net.modules():
+            if isinstance(unit, FSDPModule):
+                # Losses carry global denominators: gradients add up, they are not averaged.
+                unit.set_force_sum_reduction_for_comms(True)
+                unit.set_gradient_divide_factor(1.0)
+        if world.device.type == "cuda" and not config.cpu_offload:
+            net.to(world.device)  # buffers; the shards are there already
+        return net
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters (sharded) by transformers' names."""
+        return {name: p for name, p in self._sharded.items() if p.requires_grad}
+
+    def logprobs(self, batch: PackedBatch, *, temperature: float, entropy: bool = False) -> Any:
+        """Log-probs [C] fp32, nats, of the targets under softmax(logits / temperature).
+
+        With `entropy`, a pair (log-probs, entropy). Differentiable in the trainable weights.
+        """
+        return self.net(batch, **self._how(temperature, entropy))
+
+    def reference_logprobs(self, batch: PackedBatch, *, temperature: float) -> Tensor:
+        """The same under the frozen reference, without gradient."""
+        with torch.no_grad():
+            if self.frozen is not None:
+                return self.frozen(batch, **self._how(temperature, False))
+            with adapters_off(self.hf):
+                return self.net(batch, **self._how(temperature, False))
+
+    def _how(self, temperature: float, entropy: bool) -> dict[str, Any]:
+        return {
+            "temperature": temperature,
+            "banned": self.banned,
+            "return_entropy": entropy,
+            "chunk": self.config.head_chunk or None,
+            "route": self.config.head_route,
+        }
+
+    @torch.no_grad()
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Full weights by transformers' names, one at a time: LoRA merged, tied ones once.
+
+        Collective: every rank must iterate to the end.
+        """
+        for name, parameter in self._sharded.items():
+            if ".lora_" in name:
+                continue
+            weight = whole(parameter)
+            if name.endswith(".base_layer.weight"):
+                layer = name.removesuffix(".base_layer.weight")
+                a, b = (whole(self._sharded[f"{layer}.lora_{x}.default.weight"]) for x in "AB")
+                weight = weight + self.hf.get_submodule(layer).scaling["default"] * (b @ a)
+            yield name.replace(".base_layer", ""), weight.to(self.dtype)
+
+    def save_hf(self, folder: Path) -> None:
+        """Writes the model in the Hugging Face layout, loadable by `from_pretrained`.
+
+        Collective; rank 0 writes. Tokenizer and image processor are the caller's.
+        """
+        state = {}
+        for name, weight in self.named_weights():
+            if self.world.main:
+                state[name] = weight.cpu().contiguous()
+        if self.world.main:
+            config = copy.deepcopy(AutoConfig.from_pretrained(self.config.folder))
+            config.dtype = self.dtype
+            with torch.device("meta"):
+                shell = AutoModelForImageTextToText.from_config(config)
+            if config.tie_word_embeddings:
+                state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
+            shell.save_pretrained(folder, state_dict=state)
+        self.world.barrier()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The unsharded tensor (collective), or the tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Runs the body with the net in evaluation mode."""
+    was = net.training
+    net.eval()
+    try:
+        yield
+    finally:
+        net.train(was)

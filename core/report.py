@@ -1,0 +1,160 @@
+"""From a step's results to the numbers people read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from speciarl.core.collect import JudgedGroup, Timing, codes_matrix
+from speciarl.core.config import Config
+from speciarl.core.learner import Learned
+from speciarl.core.metrics import Report, Tally
+from speciarl.core.monitor import Monitor
+from speciarl.core.world import World
+from speciarl.kernels.codes import NAMES
+from speciarl.kernels.loss import STATS
+from speciarl.kernels.reward import best_of_n_numpy
+
+Scalars = dict[str, float]
+
+
+class Deferred:
+    """Device statistics on their way to the host: put after one step, taken after the next."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.waiting: tuple[int, Scalars, list[torch.Tensor]] | None = None
+        self.event: torch.cuda.Event | None = None
+
+    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not self.cuda:
+            return tensor.clone()
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+    def put(self, step: int, scalars: Scalars, learned: Learned | None) -> None:
+        """Starts the copy of a step's statistics."""
+        tensors: list[torch.Tensor] = []
+        if learned is not None:
+            tensors = [self._to_host(t) for t in (learned.stats, learned.norms, learned.skipped)]
+            if self.cuda:
+                self.event = torch.cuda.Event()
+                self.event.record()
+        self.waiting = (step, scalars, tensors)
+
+    def take(self) -> tuple[int, Scalars, list[bool]] | None:
+        """(step, scalars, which updates were skipped) of the step last put, once."""
+        if self.waiting is None:
+            return None
+        step, scalars, tensors = self.waiting
+        self.waiting = None
+        if not tensors:
+            return step, scalars, []
+        if self.event is not None:
+            self.event.synchronize()
+        stats, norms, skipped = (t.tolist() for t in tensors)
+        scalars.update(loss_scalars(dict(zip(STATS, stats, strict=True))))
+        scalars["policy/grad_norm"] = sum(norms) / len(norms)
+        return step, scalars, [bool(s) for s in skipped]
+
+
+def loss_scalars(stats: Scalars) -> Scalars:
+    """Means per token from the sums of `speciarl.kernels.loss.STATS`."""
+    tokens = max(stats["tokens"], 1.0)
+    return {
+        "policy/loss": stats["loss"],
+        "policy/kl": stats["kl_k3"] / tokens,
+        "policy/clip_fraction": (stats["clipped_low"] + stats["clipped_high"]) / tokens,
+        "policy/dual_clip_fraction": stats["dual_clipped"] / tokens,
+        "policy/ratio": stats["ratio"] / tokens,
+        "policy/mismatch_mean": stats["engine_mismatch"] / tokens,
+        "policy/mismatch_max": stats["engine_mismatch_max"],
+        "policy/importance_weight": stats["importance_weight"] / tokens,
+        "policy/entropy": stats["entropy"] / tokens,
+    }
+
+
+def step_scalars(
+    config: Config,
+    groups: Sequence[JudgedGroup],
+    learned: Learned | None,
+    timing: Timing,
+    times: Scalars,
+    world: World,
+) -> Scalars:
+    """What the host knows of a step: times, rates of the categories, rewards, lengths."""
+    codes = codes_matrix(groups)
+    result = best_of_n_numpy(codes, config.reward, normalize=bool(config.objective.normalize))
+    scored = codes >= 0
+    completions = [c for group in groups for c in group.completions]
+    tokens = sum(world.gather(timing.tokens))
+    scalars = dict(times)
+    scalars["tokens_per_s/generate"] = tokens / max(times["time/generate"], 1e-9)
+    scalars["tokens_per_s/learn"] = (
+        learned.tokens / max(times["time/learn"], 1e-9) if learned else 0.0
+    )
+    scalars["reward/mean"] = float(result.rewards[scored].mean()) if scored.any() else 0.0
+    scalars["groups/no_signal"] = float((~result.live).mean())
+    scalars["groups/count"] = float(len(groups))
+    tally = Tally.of(codes)
+    scalars.update({f"rate/{_slug(name)}": rate for name, rate in tally.rates().items()})
+    scalars["rate/unscored"] = sum(c.code < 0 for c in completions) / len(completions)
+    scalars["completions/tokens"] = sum(len(c.ids) for c in completions) / len(completions)
+    scalars["completions/cut"] = sum(c.finish == "length" for c in completions) / len(completions)
+    return scalars
+
+
+def _slug(name: str) -> str:
+    return name.replace(" ", "_")
+
+
+def evaluation_scalars(result: Report) -> Scalars:
+    """Metrics by data set, for the log."""
+    scalars = {"eval/mean_hm": result.mean_hm}
+    for name, tally in result.datasets.items():
+        scalars[f"eval/{name}/correctness"] = tally.correctness
+        scalars[f"eval/{name}/specificity"] = tally.specificity
+        scalars[f"eval/{name}/hm"] = tally.hm
+    return scalars
+
+
+def sample_rows(
+    groups: Sequence[JudgedGroup], decode: Callable[[list[int]], str], most: int = 4
+) -> list[dict[str, Any]]:
+    """The first groups' completions, readable."""
+    return [
+        {
+            "key": group.example.key,
+            "truth": group.example.truth,
+            "completions": [
+                {"text": decode(c.ids), "category": NAMES[c.code], "finish": c.finish}
+                for c in group.completions
+            ],
+        }
+        for group in groups[:most]
+    ]
+
+
+def final_table(monitor: Monitor, out: Path, last: int) -> None:
+    """Prints base beside trained, per data set, from the run folder's evaluations."""
+    first, final = (
+        json.loads((out / "evaluation" / f"step-{step:06d}" / "metrics.json").read_text())
+        for step in (0, last)
+    )
+    rows = []
+    for name, after in final["datasets"].items():
+        before = first["datasets"][name]
+        cells = [name, str(after["n"])]
+        for figure in ("specificity", "correctness", "hm"):
+            cells += [f"{before[figure]:.3f}", f"{after[figure]:.3f}"]
+        rows.append([*cells, f"{after['hm'] - before['hm']:+.3f}"])
+    columns = ["data set", "images", "spec. base", "trained", "corr. base", "trained"]
+    monitor.table(
+        f"held-out images, base and after {last} steps",
+        [*columns, "HM base", "trained", "gain"],
+        rows,
+    )

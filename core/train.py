@@ -1,0 +1,48 @@
+"""Trains a policy: `torchrun core/train.py [--preset NAME] [--set section.key=value ...]`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from speciarl.core.command import announce, configured, run_guarded
+from speciarl.core.config import Config
+from speciarl.core.world import World
+
+
+def train(config: Config, world: World, *, quiet: bool = False) -> Path:
+    """A whole run; returns its folder. The final model is in `model/` below it."""
+    from speciarl.core.parts import build
+    from speciarl.core.report import final_table
+    from speciarl.core.trainer import Trainer, seed_everything
+
+    seed_everything(config.train.seed)
+    parts = build(config, world, quiet=quiet)
+    try:
+        trainer = Trainer(config, world, parts)
+        trainer.run()
+        folder = parts.export()
+        if world.main and (parts.out / "evaluation" / "step-000000").exists():
+            final_table(parts.monitor, parts.out, config.train.steps)
+        parts.monitor.message(f"model: {folder}")
+    finally:
+        parts.close()
+    return parts.out
+
+
+@click.command(epilog=announce("train"))
+@configured(preset="toyworld")
+@click.option("--quiet", is_flag=True, help="No progress display.")
+def main(config: Config, quiet: bool) -> None:
+    """Train with the SpeciaRL reward. Without arguments: the toy world, on any machine.
+
+    A second run with the same train.out goes on from its newest checkpoint.
+    """
+    run_guarded(config, lambda world: train(config, world, quiet=quiet))
+
+
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""The trainer: generate, judge, score, learn, push; one process per GPU does each in turn."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from speciarl.core.collect import JudgedGroup, Timing
+from speciarl.core.config import Config
+from speciarl.core.examples import Example
+from speciarl.core.learner import Learned
+from speciarl.core.optim import learning_rate
+from speciarl.core.parts import Parts
+from speciarl.core.report import Deferred, evaluation_scalars, sample_rows, step_scalars
+from speciarl.core.world import World
+from speciarl.rollout.engine import Sampling
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on; the message says why, and where its inputs were saved."""
+
+
+@dataclass
+class Progress:
+    """What a checkpoint must remember besides tensors."""
+
+    step: int = 0
+    updates: int = 0
+    position: int = 0
+    bad_in_a_row: int = 0
+    skipped_updates: int = 0
+    skipped_prompts: dict[str, str] = field(default_factory=dict)
+
+
+class Trainer:
+    """Runs the steps of a configuration.
+
+    Args:
+        config: the whole configuration.
+        world: this process's place in the job.
+        parts: model, engine, judge, data and files, already made.
+    """
+
+    def __init__(self, config: Config, world: World, parts: Parts) -> None:
+        self.config = config
+        self.world = world
+        self.parts = parts
+        self.progress = Progress()
+        self.deferred = Deferred(world.device)
+        self.recent: deque[tuple[int, list[JudgedGroup]]] = deque(maxlen=2)
+        self.updates_per_step = config.train.prompts // config.train.mini_batch
+
+    def run(self) -> None:
+        """From the newest checkpoint, or the start, to the last step and the final model."""
+        self.resume()
+        self.push()
+        every = self.config.evaluation.every
+        if self.progress.step == 0:
+            self.evaluate()
+        while self.progress.step < self.config.train.steps:
+            self.step()
+            done = self.progress.step
+            if self.due(self.config.train.save_every):
+                self.save()
+            if every and done % every == 0 and done < self.config.train.steps:
+                self.evaluate()
+        self.settle()
+        if self.progress.step not in self.parts.store.steps():
+            self.save()
+        self.evaluate()
+
+    def due(self, every: int) -> bool:
+        """Whether something done every so many steps is to be done after this one."""
+        step = self.progress.step
+        return step == self.config.train.steps or bool(every and step % every == 0)
+
+    # The step, in the order of its parts.
+
+    def step(self) -> None:
+        """One step: generate and judge, score and learn, push the new weights."""
+        start = time.perf_counter()
+        groups, timing = self.collect()
+        self.check_versions(groups)
+        self.recent.append((self.progress.step, groups))
+        learning = time.perf_counter()
+        learned = self.parts.learner.learn(groups, self.rate)
+        self.settle()
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        pushing = time.perf_counter()
+        if learned is not None:
+            self.progress.updates += len(learned.norms)
+        self.progress.step += 1
+        self.progress.position = self.parts.stream.position
+        self.push()
+        end = time.perf_counter()
+        times = {
+            "time/generate": timing.generate,
+            "time/judge": timing.judge,
+            "time/learn": pushing - learning,
+            "time/push": end - pushing,
+            "time/step": end - start,
+        }
+        self.note(groups, learned, timing, times)
+
+    def collect(self) -> tuple[list[JudgedGroup], Timing]:
+        """Judged groups of this step, of all ranks, in prompt order.
+
+        With dynamic sampling, groups without signal are replaced by further prompts until the
+        step is full or `max_refills` rounds have gone by.
+        """
+        objective, wanted = self.config.objective, self.config.train.prompts
+        total = Timing()
+        kept: list[JudgedGroup] = []
+        for _ in range(1 + (objective.max_refills if objective.dynamic_sampling else 0)):
+            examples = self.parts.stream.draw(wanted)
+            groups, timing = self.sample(examples)
+            total.generate += timing.generate
+            total.judge += timing.judge
+            total.tokens += timing.tokens
+            if not objective.dynamic_sampling:
+                return groups, total
+            live = self.parts.learner.live(groups)
+            kept += [group for group, alive in zip(groups, live, strict=True) if alive]
+            if len(kept) >= wanted:
+                break
+        # Whole mini-batches only: an update of a few groups would weigh as much as a full one.
+        size = self.config.train.mini_batch
+        full = min(wanted, len(kept) // size * size) or len(kept)
+        return kept[:full] or groups, total
+
+    def sample(self, examples: list[Example]) -> tuple[list[JudgedGroup], Timing]:
+        """Every rank samples and judges its share; all ranks get all groups."""
+        rollout, world = self.config.rollout, self.world
+        sampling = Sampling(
+            temperature=rollout.temperature,
+            max_new_tokens=rollout.max_new_tokens,
+            seed=self.config.train.seed,
+            step=self.progress.step,
+        )
+        mine = [(e, self.parts.prompt(e)) for e in examples[world.rank :: world.size]]
+        groups, timing = self.parts.collector.collect(mine, rollout.n, sampling)
+        place = {example.key: index for index, example in enumerate(examples)}
+        everyone = [group for part in world.gather(groups) for group in part]
+        return sorted(everyone, key=lambda g: place[g.example.key]), timing
+
+    def check_versions(self, groups: list[JudgedGroup]) -> None:
+        """Refuses completions of other weights than the policy's, before anything is learnt."""
+        versions = {c.version for group in groups for c in group.completions}
+        if versions - {self.progress.step}:
+            raise TrainingStopped(
+                f"step {self.progress.step}: completions were sampled with weight versions "
+                f"{sorted(versions)}; a weight push was lost, and the step was not trained"
+            )
+
+    def rate(self, update: int) -> float:
+        """The learning rate of the step's u-th update."""
+        total = self.config.train.steps * self.updates_per_step
+        return learning_rate(self.config.optim, self.progress.updates + update, total)
+
+    def push(self) -> None:
+        """New weights to the engine, stamped with the step that samples from them."""
+        self.parts.engine.load_weights(
+            self.parts.policy.named_weights(), version=self.progress.step
+        )
+
+    # Statistics arrive one step late, so that the host never waits for the device.
+
+    def note(
+        self,
+        groups: list[JudgedGroup],
+        learned: Learned | None,
+        timing: Timing,
+        times: dict[str, float],
+    ) -> None:
+        """Hands this step's statistics to the monitor, once the device has them."""
+        step, every = self.progress.step, self.config.train.samples_every
+        self.progress.skipped_prompts = dict(self.parts.stream.skipped)
+        scalars = step_scalars(self.config, groups, learned, timing, times, self.world)
+        scalars["optim/lr"] = self.rate(-1)
+        scalars["skipped/prompts"] = float(len(self.progress.skipped_prompts))
+        self.deferred.put(step, scalars, learned)
+        if every and step % every == 0:
+            self.parts.monitor.samples(step, sample_rows(groups, self.parts.builder.decode))
+
+    def settle(self) -> None:
+        """Reads the statistics of the step before, logs them, and acts on what they say."""
+        ready = self.deferred.take()
+        if ready is None:
+            return
+        step, scalars, skipped = ready
+        for bad in skipped:
+            self.progress.skipped_updates += int(bad)
+            self.progress.bad_in_a_row = self.progress.bad_in_a_row + 1 if bad else 0
+        scalars["skipped/updates"] = float(self.progress.skipped_updates)
+        self.parts.monitor.log(step, scalars)
+        if self.progress.bad_in_a_row >= self.config.optim.max_nonfinite:
+            raise TrainingStopped(
+                f"{self.progress.bad_in_a_row} updates in a row had a non-finite gradient, the "
+                f"last in step {step}; the inputs are in {self.save_inputs()}"
+            )
+        limit = self.config.train.mismatch_limit
+        if limit and scalars.get("policy/mismatch_mean", 0.0) > limit:
+            raise TrainingStopped(
+                f"step {step}: engine and trainer differ by "
+                f"{scalars['policy/mismatch_mean']:.3g} nats a token (train.mismatch_limit="
+                f"{limit}); the inputs are in {self.save_inputs()}"
+            )
+
+    def save_inputs(self) -> Path:
+        """Writes the last two steps' completions and codes as JSON."""
+        path = self.parts.out / f"stopped-at-step-{self.progress.step}.json"
+        if self.world.main:
+            record = [
+                {
+                    "step": step,
+                    "key": group.example.key,
+                    "truth": group.example.truth,
+                    "ids": [c.ids for c in group.completions],
+                    "logprobs": [c.logprobs for c in group.completions],
+                    "codes": [c.code for c in group.completions],
+                }
+                for step, groups in self.recent
+                for group in groups
+            ]
+            path.write_text(json.dumps(record))
+        return path
+
+    # Checkpoints and evaluation.
+
+    def save(self) -> None:
+        """A checkpoint of everything the next step depends on."""
+        self.settle()
+        self.parts.store.save(self.progress.step, self.tensors(), vars(self.progress))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Trainable weights and optimizer state, sharded."""
+        weights = {f"policy.{name}": p.data for name, p in self.parts.policy.parameters().items()}
+        return weights | self.parts.optimizer.tensors()
+
+    def resume(self) -> None:
+        """Loads the checkpoint that `train.resume` asks for, if there is one."""
+        store, how = self.parts.store, self.config.train.resume
+        found = store.latest()
+        if found is not None and how == "never":
+            raise FileExistsError(
+                f"{self.parts.out} already holds a run (step {found}) and train.resume=never: "
+                "choose another train.out, or remove it"
+            )
+        if found is not None and how == "previous":
+            found = store.previous(found)
+            if found is None:
+                raise FileNotFoundError(f"{store.folder} has no checkpoint before the newest")
+        if found is None:
+            return
+        self.progress = Progress(**store.load(found, self.tensors()))
+        self.parts.stream.position = self.progress.position
+        self.parts.stream.skipped = dict(self.progress.skipped_prompts)
+        self.parts.monitor.message(f"resumed from step {found} of {self.config.train.steps}")
+
+    def evaluate(self) -> None:
+        """Held-out metrics with the current weights, kept with the run."""
+        self.settle()
+        metrics = self.parts.evaluate(self.progress.step)
+        self.parts.monitor.log(self.progress.step, evaluation_scalars(metrics))
+
+
+def seed_everything(seed: int) -> None:
+    """Only what is random before training (adapters) comes from global generators."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
