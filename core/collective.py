@@ -1,7 +1,7 @@
 """Work that all ranks do together and of which all ranks learn the outcome."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -24,16 +24,16 @@ def together(action: Callable[[], T], failed: str, error: type[Exception]) -> li
     Doubles as a barrier. Raises `error`, on every rank, if the action raised on any: its message
     is `failed` followed by each failing rank's reason.
     """
-    cause, reason, result = None, None, None
+    cause: Exception | None = None
+    own: tuple[str | None, Any]
     try:
-        result = action()
+        own = (None, action())
     except Exception as caught:
-        cause, reason = caught, str(caught) or repr(caught)
-    outcomes = [(reason, result)]
+        cause, own = caught, (str(caught) or repr(caught), None)
+    outcomes: list[tuple[str | None, Any]] = [own]
     if world_size() > 1:
-        gathered: list = [None] * world_size()
-        dist.all_gather_object(gathered, (reason, result))
-        outcomes = gathered
+        outcomes = [own] * world_size()
+        dist.all_gather_object(outcomes, own)
     reasons = {at: reason for at, (reason, _) in enumerate(outcomes) if reason is not None}
     if reasons:
         raise error(f"{failed}: {by_rank(reasons)}") from cause

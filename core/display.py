@@ -28,7 +28,7 @@ PLAIN_SECONDS = 2.0  # at most one line of progress in this time
 PLAIN_WIDTH = 200
 SPEED_WINDOW = 3600.0  # seconds of past steps that the time left is estimated from
 
-SECONDS, COUNT, SHARE, NUMBER, SMALL = "{:.2f} s", "{:,.0f}", "{:.0%}", "{:.3f}", "{:.2g}"
+SECONDS, COUNT, SHARE, NUMBER, SMALL = "{:.2f}", "{:,.0f}", "{:.0%}", "{:.3f}", "{:.2g}"
 # row label, then (scalar, shown name, format); a row without any of its scalars is left out
 LAYOUT: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
     (

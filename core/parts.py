@@ -203,7 +203,8 @@ def build(
     judge = open_judge(config.judge, every, truths)
     kind = config.evaluation.judge
     examiner = judge if kind.kind == "same" else open_judge(kind, every, truths)
-    stream = PromptStream(data.train, data.store, world, config.train.seed)
+    batch = config.train.prompts if config.data.drop_last else 1
+    stream = PromptStream(data.train, data.store, world, config.train.seed, batch)
     banned = tuple(data.builder.banned_ids)
     policy = Policy(config.model, world, banned, reference=reference)
     optimizer = Optimizer(config.optim, policy.parameters())

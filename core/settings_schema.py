@@ -83,7 +83,7 @@ def field_docs(cls: type) -> Mapping[str, str]:
     for base in reversed(cls.__mro__[:-1]):
         try:
             source = inspect.getsource(base)
-        except OSError:  # built without a file, as in an interactive session
+        except (OSError, TypeError):  # made without a file, as in an interactive session
             continue
         body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(source)).body[0]).body
         for field, below in zip(body, body[1:], strict=False):

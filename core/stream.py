@@ -30,6 +30,8 @@ class DataConfig:
     """How to answer; follows the first sentence."""
     max_prompt_tokens: int = 2048
     """Longer prompts are dropped and counted, never cut."""
+    drop_last: bool = True
+    """An epoch is whole batches only; what is left over waits for the next shuffle."""
     cached_prompts: int = 4096
     """Processed prompts kept in memory by each rank."""
 
@@ -79,6 +81,7 @@ class PromptStream:
         store: where prompts are built.
         world: ranks share the work of building, and agree on which examples are bad.
         seed: of the shuffles.
+        batch: an epoch's length is a multiple of this.
         position: examples already drawn.
     """
 
@@ -88,6 +91,7 @@ class PromptStream:
         store: PromptStore,
         world: World,
         seed: int,
+        batch: int = 1,
         position: int = 0,
     ) -> None:
         if not examples:
@@ -96,13 +100,16 @@ class PromptStream:
         self.store = store
         self.world = world
         self.seed = seed
+        self.epoch = max(len(examples) // batch * batch, min(batch, len(examples)))
         self.position = position
         self.skipped: dict[str, str] = {}
+        self._shuffled = -1
+        self._order = np.zeros(0, dtype=np.int64)
 
     def _at(self, position: int) -> Example:
-        epoch, offset = divmod(position, len(self.examples))
-        if getattr(self, "_epoch", None) != epoch:
-            self._epoch = epoch
+        epoch, offset = divmod(position, self.epoch)
+        if self._shuffled != epoch:
+            self._shuffled = epoch
             self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.examples))
         return self.examples[int(self._order[offset])]
 

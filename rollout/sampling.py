@@ -28,21 +28,21 @@ def choose(
         ids = masked.argmax(-1, keepdim=True)
     else:
         logprobs = (masked / sampling.temperature).log_softmax(-1)
-        ids = inverse_cdf(truncate(logprobs.double().exp(), sampling), uniforms)
+        ids = inverse_cdf(truncate(logprobs.exp(), sampling), uniforms)
     return ids.squeeze(1), logprobs.gather(1, ids).squeeze(1)
 
 
 def truncate(weights: Tensor, sampling: Sampling) -> Tensor:
     """Zero what top_k, then top_p leave out; tokens as likely as the last kept one stay.
 
-    weights: [R, V] float64, not negative. Returns the same shape, not normalised.
+    weights: [R, V] float, not negative. Returns the same shape, not normalised.
     """
     if 0 < sampling.top_k < weights.shape[1]:
         last = weights.topk(sampling.top_k, dim=-1).values[:, -1:]
         weights = weights.where(weights >= last, 0.0)
     if sampling.top_p < 1:
         ordered = weights.sort(dim=-1, descending=True).values
-        reached = ordered.cumsum(-1)
+        reached = ordered.cumsum(-1, dtype=torch.float64)
         missing = reached - ordered < sampling.top_p * reached[:, -1:]
         last = ordered.gather(1, missing.sum(-1, keepdim=True).clamp(min=1) - 1)
         weights = weights.where(weights >= last, 0.0)
@@ -52,13 +52,14 @@ def truncate(weights: Tensor, sampling: Sampling) -> Tensor:
 def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     """First id at which the running sum of `weights` exceeds u times their total.
 
-    weights: [R, V] float64; uniforms: [R] float64 in [0, 1). Returns [R, 1] int64.
+    weights: [R, V] float; uniforms: [R] float64 in [0, 1). Returns [R, 1] int64.
 
     The sum runs in the order of the vocabulary, not of the probabilities, so a near tie in the
     logits cannot move a sample to a quite different token.
     """
-    reached = weights.cumsum(-1)
+    reached = weights.cumsum(-1, dtype=torch.float64)
     target = uniforms[:, None] * reached[:, -1:]
     ids = torch.searchsorted(reached, target, right=True).clamp(max=weights.shape[1] - 1)
-    # A parallel sum need not be monotone to the last bit: never answer with a token of weight 0.
-    return ids.where(weights.gather(1, ids) > 0, weights.argmax(-1, keepdim=True))
+    if ids.is_cuda:  # a parallel sum may decrease by a bit: never answer with a token of weight 0
+        ids = ids.where(weights.gather(1, ids) > 0, weights.argmax(-1, keepdim=True))
+    return ids

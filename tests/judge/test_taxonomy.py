@@ -1,9 +1,7 @@
 """The exact judge against written-out grades, and against a walk up the tree."""
 
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -239,87 +237,6 @@ def test_verdict_refuses_a_code_outside_the_ladder() -> None:
     for code in (-1, 6):
         with pytest.raises(ValueError, match="category"):
             Verdict(code, "name")
-
-
-def write(path: Path, content: Any) -> Path:
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return path
-
-
-def test_load_and_identity(tmp_path: Path) -> None:
-    nodes = [{"name": name, "parent": parent, "synonyms": syn} for name, parent, syn in BIRDS]
-    del nodes[0]["parent"]
-    nodes[1]["rank"] = "family"
-    first = TaxonomyJudge(Taxonomy.load(write(tmp_path / "a.json", {"name": "b", "nodes": nodes})))
-    again = TaxonomyJudge(
-        Taxonomy.load(write(tmp_path / "b.json", json.dumps({"nodes": nodes[::-1]}, indent=3)))
-    )
-    assert first.identity == again.identity == birds.identity
-    assert first.grade([Pair("robin", "warbler")]) == birds.grade([Pair("robin", "warbler")])
-    nodes[3]["synonyms"].append("summer yellowbird")
-    changed = Taxonomy.load(write(tmp_path / "c.json", {"nodes": nodes}))
-    assert TaxonomyJudge(changed).identity != first.identity
-    assert changed.names[3] == "Yellow Warbler"
-    assert [changed.names[i] for i in changed.ancestors(3)] == [
-        *("Setophaga", "Parulidae", "Passeriformes")
-    ]
-
-
-def test_files_make_one_forest(tmp_path: Path) -> None:
-    shared = {"name": "animal", "synonyms": ["beast"]}
-    a = write(tmp_path / "a.json", {"nodes": [shared, {"name": "dog", "parent": "animal"}]})
-    b = write(
-        tmp_path / "b.json",
-        {"nodes": [{"name": "Animals"}, {"name": "Animal", "synonyms": ["creature"]}]},
-    )
-    both = TaxonomyJudge(Taxonomy.load(a, b))
-    assert verdict(both, "dog", "creature").category == S_MINUS
-    assert verdict(both, "dog", "beast").category == S_MINUS
-    with pytest.raises(ValueError, match=r"b.json: nodes\[0\].*parent 'x', but None in .*a.json"):
-        other = {"nodes": [{"name": "animal", "parent": "x"}, {"name": "x"}]}
-        Taxonomy.load(a, write(tmp_path / "b.json", other))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "not a JSON file"),
-        ("[]", 'expected {"name": ..., "nodes"'),
-        ({"nodes": {}}, 'expected {"name": ..., "nodes"'),
-        ({"nodes": []}, "no nodes"),
-        ({"nodes": ["robin"]}, r"nodes\[0\]: expected an object"),
-        ({"nodes": [{"name": "a"}, {"parent": "a"}]}, r"nodes\[1\]: name must be a text"),
-        ({"nodes": [{"name": " . "}]}, r"nodes\[0\]: .* is empty"),
-        ({"nodes": [{"name": "x" * 300}]}, "over 256 characters"),
-        ({"nodes": [{"name": "a", "parent": 1}]}, "parent must be a text or null"),
-        ({"nodes": [{"name": "a", "synonyms": "b"}]}, "synonyms must be a list"),
-        ({"nodes": [{"name": "a", "synonym": ["b"]}]}, "did you mean 'synonyms'"),
-        ({"nodes": [{"name": "None"}]}, "how an answer abstains"),
-        ({"nodes": [{"name": "a"}, {"name": "A."}]}, r"nodes\[1\]: 'A.' is listed before"),
-        ({"nodes": [{"name": "bird"}, {"name": "a", "parent": "brid"}]}, "did you mean 'bird'"),
-        (
-            {"nodes": [{"name": "a", "synonyms": ["c"]}, {"name": "b", "synonyms": ["C"]}]},
-            r"nodes\[1\]: 'C' names 'b' and also 'a'",
-        ),
-        ({"nodes": [{"name": "a", "synonyms": ["b"]}, {"name": "B"}]}, "belongs to one node"),
-        ({"nodes": [{"name": "a", "parent": "a"}]}, "in a circle"),
-        (
-            {"nodes": [{"name": "a", "parent": "b"}, {"name": "b", "parent": "a"}]},
-            "in a circle",
-        ),
-    ],
-)
-def test_load_names_the_bad_entry(tmp_path: Path, content: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
-        Taxonomy.load(write(tmp_path / "t.json", content))
-    assert "t.json" in str(caught.value)
-
-
-def test_load_missing_or_no_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no taxonomy file .*none.json"):
-        Taxonomy.load(tmp_path / "none.json")
-    with pytest.raises(ValueError, match="no taxonomy file given"):
-        Taxonomy.load()
 
 
 def test_a_synonym_repeated_on_its_own_node_is_harmless() -> None:
