@@ -57,9 +57,9 @@ def main() -> None:
     \b
     Examples:
       speciarl train                                      the toy world, on any machine
-      speciarl train --preset cub-qwen2.5-vl-7b-lora --set data.train.birds.path=CUB_200_2011
+      speciarl train --preset cub-qwen2.5-vl-7b-lora --set data.train.cub.path=CUB_200_2011
       speciarl train --preset toyworld --print-config     every setting, nothing run
-      speciarl data check --set data.train.birds.path=DIR look at the images before training
+      speciarl data check --set data.train.cub.path=DIR look at the images before training
     """
 
 

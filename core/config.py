@@ -10,7 +10,6 @@ from speciarl.core.objective import ObjectiveConfig
 from speciarl.core.optim import OptimConfig
 from speciarl.core.policy import ModelConfig
 from speciarl.core.settings import load, preset_path
-from speciarl.core.labels import SftConfig
 from speciarl.core.stream import DataConfig
 from speciarl.judge.registry import JudgeConfig
 from speciarl.kernels.reward import RewardSpec
@@ -77,7 +76,6 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    sft: SftConfig = field(default_factory=SftConfig)
 
     def __post_init__(self) -> None:
         if self.objective.normalize and self.rollout.n < 2:

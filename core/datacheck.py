@@ -65,7 +65,7 @@ def main(config: Config) -> None:
     Examples:
       speciarl data check
       speciarl data check --preset "" --config mine.toml
-      speciarl data check --preset cub-qwen2.5-vl-7b-lora --set data.train.birds.path=CUB_200_2011
+      speciarl data check --preset cub-qwen2.5-vl-7b-lora --set data.train.cub.path=CUB_200_2011
     """
     if config.data.toyworld:
         ensure_toyworld(Path(config.data.toyworld))

@@ -28,6 +28,8 @@ class DataConfig:
     """"general" or "be-specific": the first sentence of the prompt."""
     instruction: str = INSTRUCTION
     """How to answer; follows the first sentence."""
+    answer: str = "<answer>{}</answer>"
+    """The completion that supervised training teaches; {} is the label."""
     max_prompt_tokens: int = 2048
     """Longer prompts are dropped and counted, never cut."""
     drop_last: bool = True
@@ -38,6 +40,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.variant not in ("general", "be-specific"):
             raise ValueError(f"variant={self.variant!r}: one of general, be-specific")
+        if self.answer.count("{}") != 1:
+            raise ValueError(f"answer={self.answer!r} must hold {{}} exactly once")
         if self.max_prompt_tokens < 1 or self.cached_prompts < 1:
             raise ValueError("max_prompt_tokens and cached_prompts must be at least 1")
 

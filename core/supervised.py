@@ -11,14 +11,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from speciarl.core.batch import Item, pack
-from speciarl.core.labels import label_of
+from speciarl.core.examples import Example
 from speciarl.core.learner import Learned
-from speciarl.core.plan import MicroBatch, plan
+from speciarl.core.plan import plan
 from speciarl.core.trainer import Trainer
-from speciarl.judge.taxonomy import Taxonomy
 from speciarl.kernels.loss import STATS
 
 
@@ -28,8 +26,7 @@ class Supervised(Trainer):
     def step(self) -> None:
         """One update on `train.prompts` examples."""
         start = time.perf_counter()
-        items = self.items()
-        learned = self.learn(items)
+        learned = self.learn(self.parts.stream.draw(self.config.train.prompts))
         self.settle()
         self.progress.step += 1
         self.progress.updates += 1
@@ -50,44 +47,35 @@ class Supervised(Trainer):
         self.push()
         super().evaluate()
 
-    def items(self) -> list[Item]:
-        """The step's (prompt, answer) pairs, the same on every rank."""
-        config, parts = self.config, self.parts
-        out = []
-        for example in parts.stream.draw(config.train.prompts):
-            label = label_of(
-                example, config.sft.levels, self.taxonomy, config.train.seed, self.progress.step
-            )
-            ids = parts.builder.completion_ids(config.sft.template.format(label))
-            out.append(Item(parts.prompt(example), ids))
-        return out
-
-    def learn(self, items: Sequence[Item]) -> Learned:
+    def learn(self, examples: Sequence[Example]) -> Learned:
         """Mean cross-entropy over all answer tokens of all ranks; one update."""
-        world = self.world
-        micro = plan([item.cost for item in items], world.size, self.config.train.token_budget)
-        share = 1.0 / sum(len(item.ids) for item in items)
+        world, parts = self.world, self.parts
+        template = self.config.data.answer
+        answers = [parts.builder.completion_ids(template.format(e.truth)) for e in examples]
+        lengths = self.prompt_lengths(examples)
+        costs = [n + len(ids) - 1 for n, ids in zip(lengths, answers, strict=True)]
+        share = 1.0 / sum(len(ids) for ids in answers)
         total = torch.zeros((), device=world.device)
-        for part in micro[world.rank]:
-            total += self.accumulate(items, part, share)
+        for part in plan(costs, world.size, self.config.train.token_budget)[world.rank]:
+            # A rank with too few micro-batches runs the cheapest sequence, times zero.
+            chosen = part or (min(range(len(costs)), key=costs.__getitem__),)
+            items = [Item(parts.prompt(examples[i]), answers[i]) for i in chosen]
+            batch = pack(items, parts.policy.image_token_id, world.device)
+            logprobs = parts.policy.logprobs(batch, temperature=1.0)
+            loss = -logprobs.sum() * (share if part else 0.0)
+            loss.backward()
+            total += loss.detach()
         if world.size > 1:
             dist.all_reduce(total)
-        norm, bad = self.parts.optimizer.step(self.rate(0))
+        norm, bad = parts.optimizer.step(self.rate(0))
         stats = torch.zeros(len(STATS), device=world.device)
         stats[STATS.index("loss")] = total
-        tokens = sum(item.cost for item in items)
-        return Learned(stats, norm[None], bad[None], tokens)
+        return Learned(stats, norm[None], bad[None], sum(costs))
 
-    def accumulate(self, items: Sequence[Item], part: MicroBatch, share: float) -> Tensor:
-        """Gradient of one micro-batch; returns its part of the loss. An empty one adds zero."""
-        chosen = [items[i] for i in part] or [min(items, key=lambda item: item.cost)]
-        policy = self.parts.policy
-        batch = pack(chosen, policy.image_token_id, self.world.device)
-        loss = -policy.logprobs(batch, temperature=1.0).sum() * (share if part else 0.0)
-        loss.backward()
-        return loss.detach()
-
-    @property
-    def taxonomy(self) -> Taxonomy | None:
-        """Of the judge, where it has one."""
-        return getattr(self.parts.collector.judge, "taxonomy", None)
+    def prompt_lengths(self, examples: Sequence[Example]) -> list[int]:
+        """Prompt tokens of each example; every rank builds its share."""
+        mine = examples[self.world.rank :: self.world.size]
+        lengths: dict[str, int] = {}
+        for part in self.world.gather({e.key: len(self.parts.prompt(e).input_ids) for e in mine}):
+            lengths.update(part)
+        return [lengths[example.key] for example in examples]
