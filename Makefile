@@ -31,7 +31,7 @@ demo: venv
 	$(BIN)/torchrun --standalone --nproc-per-node 1 core/train.py $(ARGS)
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

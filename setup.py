@@ -18,7 +18,6 @@ EXTRAS = {
 EXTRAS["dev"] = EXTRAS["lora"] + [
     "pytest>=8",
     "pytest-timeout>=2.3",
-    "pytest-xdist>=3.6",  # two workers halve the test run: most of it is Python, one core each
     "hypothesis>=6",
     "ruff>=0.8",
     "mypy>=1.13",

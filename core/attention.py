@@ -127,6 +127,7 @@ def packed_attention(
     scaling: float | None = None,
     packed: Packing | None = None,
     route: str = "sdpa",
+    sliding_window: int | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, Hq, T, D], key and value [1, Hkv, T, D].
@@ -135,10 +136,13 @@ def packed_attention(
         ([1, T, Hq, D], None).
 
     Raises:
-        ValueError: called without a packing, where sequences would see each other.
+        ValueError: called without a packing, where sequences would see each other, or with a
+            sliding window, which no route has.
     """
     if packed is None:
         raise ValueError("packed attention needs packed=Packing(...) among the model's arguments")
+    if sliding_window is not None:
+        raise ValueError(f"packed attention has no sliding window, the model's is {sliding_window}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return ROUTES[route](q, k, v, packed, scaling).unsqueeze(0), None
 

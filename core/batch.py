@@ -57,7 +57,7 @@ def pack(items: Sequence[Item], image_token_id: int, device: torch.device) -> Pa
         raise ValueError("a packed batch needs items, each with at least one completion token")
     ids, positions, rows, targets, image_at, feature_of = [], [], [], [], [], []
     first_feature: dict[int, int] = {}
-    distinct: list[Prompt] = []
+    pictured: list[Prompt] = []
     features = start = 0
     for item in items:
         prompt, completion = item.prompt, torch.tensor(item.ids, dtype=torch.long)
@@ -72,11 +72,12 @@ def pack(items: Sequence[Item], image_token_id: int, device: torch.device) -> Pa
         if id(prompt) not in first_feature:
             first_feature[id(prompt)] = features
             features += len(where)
-            distinct.append(prompt)
+            if prompt.images:
+                pictured.append(prompt)
         image_at.append(start + where)
         feature_of.append(first_feature[id(prompt)] + torch.arange(len(where)))
         start += length + new - 1
-    names = [name for name in distinct[0].images] if distinct else []
+    names = pictured[0].images if pictured else {}
 
     def move(x: Tensor) -> Tensor:
         return x.to(device, non_blocking=True)
@@ -84,7 +85,7 @@ def pack(items: Sequence[Item], image_token_id: int, device: torch.device) -> Pa
     return PackedBatch(
         input_ids=move(torch.cat(ids)[None]),
         positions=move(torch.cat(positions, 1)[:, None]),
-        images={name: move(torch.cat([p.images[name] for p in distinct])) for name in names},
+        images={name: move(torch.cat([p.images[name] for p in pictured])) for name in names},
         image_at=move(torch.cat(image_at)),
         feature_of=move(torch.cat(feature_of)),
         rows=move(torch.cat(rows)),

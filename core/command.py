@@ -88,6 +88,9 @@ def run_guarded(config: Config, work: Callable[[World], object]) -> None:
     With several ranks the exit does not wait for the others: they may hang in a collective that
     this rank will never join, and torchrun ends them when it sees the exit code.
     """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     world = None
     try:
         world = init_world(config.train.threads, config.train.device)

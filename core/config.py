@@ -47,8 +47,6 @@ class TrainConfig:
     """Mean |trainer - engine| log-prob difference (nats) that stops the run; 0 is off."""
     samples_every: int = 10
     """Steps between samples written to samples.jsonl; 0 writes none."""
-    profile: str = ""
-    """Writes a torch profiler trace of the third step to this file."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.prompts < 1 or self.mini_batch < 1 or self.token_budget < 1:
@@ -61,6 +59,12 @@ class TrainConfig:
             raise ValueError(f"resume={self.resume!r}: one of auto, previous, never")
         if min(self.save_every, self.keep, self.threads, self.samples_every) < 0:
             raise ValueError("save_every, keep, threads and samples_every must not be negative")
+        if not self.out:
+            raise ValueError("out='': name the run folder")
+        if not self.mismatch_limit >= 0:  # nan too
+            raise ValueError(f"mismatch_limit={self.mismatch_limit}: must not be negative; 0 is off")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device={self.device!r}: one of auto, cpu, cuda")
 
 
 @dataclass(frozen=True)

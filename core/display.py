@@ -62,6 +62,7 @@ LAYOUT: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
     (
         "policy",
         (
+            ("policy/loss", "loss", SMALL),
             ("policy/kl", "KL", SMALL),
             ("policy/mismatch_mean", "mismatch", SMALL),
             ("policy/mismatch_max", "max", SMALL),

@@ -21,15 +21,20 @@ def evaluate_model(config: Config, world: World, out: Path) -> Report:
 
     from speciarl.core.collect import Collector
     from speciarl.core.evaluation import Predictions, evaluate
+    from speciarl.core.modelcheck import model_record
     from speciarl.core.parts import open_data, open_engine, open_judge, report_of, write_metrics
 
     settings, kind = config.evaluation, config.evaluation.judge
-    data = open_data(config, world)
+    if not config.data.eval:
+        raise ValueError("there is no [data.eval.NAME] table: nothing to evaluate")
+    data = open_data(config, world, train=False)
     truths = [example.truth for part in data.eval.values() for example in part]
-    judge = open_judge(config.judge if kind.kind == "same" else kind, config.data.eval, truths)
+    kind = config.judge if kind.kind == "same" else kind
+    judge = open_judge(kind, config.data.eval, truths)
     sampling = settings.sampling(config.rollout.max_new_tokens)
     record = {
-        "model": str(Path(config.model.folder).resolve()),
+        **model_record(config.model),
+        "data": {name: table.path for name, table in config.data.eval.items()},
         "judge": judge.identity,
         "variant": config.data.variant,
         "instruction": config.data.instruction,
@@ -38,7 +43,7 @@ def evaluate_model(config: Config, world: World, out: Path) -> Report:
     }
     predictions = Predictions(out, record, world)
     engine = open_engine(config, world, data.builder)
-    collector = Collector(engine, judge, data.builder, config.judge.workers)
+    collector = Collector(engine, judge, data.builder, kind.workers)
     total = -(-sum(len(part) for part in data.eval.values()) // world.size)
     try:
         with Progress(disable=not world.main, transient=True) as bar:

@@ -88,15 +88,19 @@ class Predictions:
                     f"{self.folder} holds predictions made with other settings "
                     f"({', '.join(sorted(changed))}): choose another folder or remove it"
                 )
-        record.write_text(json.dumps(settings, indent=1))
+            return
+        partial = record.with_suffix(".tmp")
+        partial.write_text(json.dumps(settings, indent=1))
+        partial.replace(record)
 
     def _read(self) -> Iterator[dict[str, Any]]:
         """Rows of every rank's file; a line cut off by a kill is left out, and done again."""
         for path in sorted(self.folder.glob("predictions.rank*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
+            # Bytes: the cut may be inside a character, and text has more line ends than JSON lines.
+            for line in path.read_bytes().split(b"\n"):
                 try:
                     yield json.loads(line)
-                except json.JSONDecodeError:
+                except ValueError:
                     continue
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:

@@ -49,7 +49,7 @@ def learning_rate(config: OptimConfig, update: int, total: int) -> float:
         return config.lr * (update + 1) / config.warmup
     if config.schedule == "constant":
         return config.lr
-    done = (update - config.warmup) / max(1, total - config.warmup)
+    done = (update - config.warmup) / max(1, total - 1 - config.warmup)
     return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done))))
 
 

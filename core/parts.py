@@ -16,9 +16,10 @@ from speciarl.core.checkpoint import CheckpointStore, check_shared
 from speciarl.core.collect import Collector
 from speciarl.core.config import Config
 from speciarl.core.evaluation import Predictions, evaluate
-from speciarl.core.examples import DataTable, Example, load_examples, load_union
+from speciarl.core.examples import DataTable, Example, load_union
 from speciarl.core.learner import Learner
 from speciarl.core.metrics import Report, best_of_k, report
+from speciarl.core.modelcheck import check_model
 from speciarl.core.monitor import Monitor
 from speciarl.core.optim import Optimizer
 from speciarl.core.policy import Policy, load_model
@@ -42,26 +43,36 @@ class Data:
     eval: dict[str, list[Example]]
 
 
-def open_data(config: Config, world: World) -> Data:
+def open_data(config: Config, world: World, *, train: bool = True) -> Data:
     """Reads every table (generating the toy world where it is wanted and missing).
 
+    Args:
+        train: read the training tables; evaluation alone does not need them.
+
     Raises:
-        FileNotFoundError, ValueError: naming the table's missing file or malformed line.
+        FileNotFoundError, ValueError: naming the model's or a table's missing file, or a table's
+            malformed line.
     """
     data = config.data
+    if train and not data.train:
+        raise ValueError("there is no [data.train.NAME] table: nothing to train on")
+    check_model(config.model)
     if data.toyworld:
         world.first(lambda: ensure_toyworld(Path(data.toyworld)))
-    builder = PromptBuilder(
-        config.model.folder,
-        variant=data.variant,
-        instruction=data.instruction,
-        max_prompt_tokens=data.max_prompt_tokens,
-    )
+    try:
+        builder = PromptBuilder(
+            config.model.folder,
+            variant=data.variant,
+            instruction=data.instruction,
+            max_prompt_tokens=data.max_prompt_tokens,
+        )
+    except OSError as error:  # transformers does not always say what it looked for
+        raise OSError(f"model.path={config.model.path!r}: {error}") from error
     return Data(
         builder,
         PromptStore(builder, data.cached_prompts),
-        load_union(data.train),
-        {name: load_examples(name, table) for name, table in data.eval.items()},
+        load_union(data.train) if train else [],
+        {name: load_union({name: table}) for name, table in data.eval.items()},
     )
 
 
@@ -158,6 +169,7 @@ class Parts:
         self.collector.close()
         self.evaluator.close()
         self.collector.judge.close()
+        self.evaluator.judge.close()
         self.engine.close()
         self.monitor.close()
 
@@ -195,7 +207,8 @@ def build(
     if reference is None:
         reference = bool(config.objective.kl_coef)
     out = Path(config.train.out)
-    world.first(lambda: out.mkdir(parents=True, exist_ok=True) or True)
+    if out.is_file():
+        raise FileExistsError(f"train.out={config.train.out!r} is a file, not a run folder")
     check_shared(out)
     data = open_data(config, world)
     every = {**config.data.train, **{f"eval.{k}": v for k, v in config.data.eval.items()}}
@@ -205,6 +218,7 @@ def build(
     examiner = judge if kind.kind == "same" else open_judge(kind, every, truths)
     batch = config.train.prompts if config.data.drop_last else 1
     stream = PromptStream(data.train, data.store, world, config.train.seed, batch)
+    stream.require(config.train.prompts)
     banned = tuple(data.builder.banned_ids)
     policy = Policy(config.model, world, banned, reference=reference)
     optimizer = Optimizer(config.optim, policy.parameters())

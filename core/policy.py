@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from speciarl.core.attention import NAME, ROUTES, best_route
 from speciarl.core.batch import PackedBatch
-from speciarl.core.lora import add_lora, adapters_off
+from speciarl.core.lora import adapters_off, add_lora
 from speciarl.core.world import World
 from speciarl.kernels.head import linear_logprob
 
@@ -190,14 +189,21 @@ class Policy:
         if config.freeze_vision:
             model.model.visual.requires_grad_(False)
         if trainable and config.checkpoint_activations:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # Newer releases of transformers 5 warn of the older name.
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+            model.disable_input_require_grads()  # else frozen layers are differentiated too
         route = config.attention
         net = PackedVLM(model, best_route(world.device, self.dtype) if route == "auto" else route)
         net.train(trainable)
+        cuda = world.device.type == "cuda"
+        offload = CPUOffloadPolicy(pin_memory=cuda) if config.cpu_offload else OffloadPolicy()
         how: dict[str, Any] = {
             "mesh": world.mesh,
-            "mp_policy": MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32),
-            "offload_policy": CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy(),
+            # Inputs stay as they are: cast, the vision tower's rotary angles would lose bits that
+            # the engine's keep.
+            "mp_policy": MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False),
+            "offload_policy": offload,
             "reshard_after_forward": config.reshard_after_forward,
         }
         for layer in [m for m in net.modules() if isinstance(m, GradientCheckpointingLayer)]:
@@ -214,7 +220,7 @@ class Policy:
                 # Losses carry global denominators: gradients add up, they are not averaged.
                 unit.set_force_sum_reduction_for_comms(True)
                 unit.set_gradient_divide_factor(1.0)
-        if world.device.type == "cuda" and not config.cpu_offload:
+        if cuda and not config.cpu_offload:
             net.to(world.device)  # buffers; the shards are there already
         return net
 
@@ -230,12 +236,16 @@ class Policy:
         return self.net(batch, **self._how(temperature, entropy))
 
     def reference_logprobs(self, batch: PackedBatch, *, temperature: float) -> Tensor:
-        """The same under the frozen reference, without gradient."""
-        with torch.no_grad():
-            if self.frozen is not None:
-                return self.frozen(batch, **self._how(temperature, False))
-            with adapters_off(self.hf):
-                return self.net(batch, **self._how(temperature, False))
+        """The same under the frozen reference, without gradient.
+
+        Raises:
+            RuntimeError: the policy was made without a reference.
+        """
+        if self.frozen is None and not self.config.lora_rank:
+            raise RuntimeError("the policy holds no reference: make it with reference=True")
+        off = adapters_off(self.hf) if self.frozen is None else nullcontext()
+        with torch.no_grad(), off:
+            return (self.frozen or self.net)(batch, **self._how(temperature, False))
 
     def _how(self, temperature: float, entropy: bool) -> dict[str, Any]:
         return {
@@ -272,10 +282,11 @@ class Policy:
             if self.world.main:
                 state[name] = weight.cpu().contiguous()
         if self.world.main:
-            config = copy.deepcopy(AutoConfig.from_pretrained(self.config.folder))
+            config = AutoConfig.from_pretrained(self.config.folder)
             config.dtype = self.dtype
             with torch.device("meta"):
                 shell = AutoModelForImageTextToText.from_config(config)
+            shell.generation_config = self.hf.generation_config  # stop ids above all
             if config.tie_word_embeddings:
                 state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
             shell.save_pretrained(folder, state_dict=state)
@@ -285,14 +296,3 @@ class Policy:
 def whole(tensor: Tensor) -> Tensor:
     """The unsharded tensor (collective), or the tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-@contextmanager
-def evaluating(net: nn.Module) -> Iterator[None]:
-    """Runs the body with the net in evaluation mode."""
-    was = net.training
-    net.eval()
-    try:
-        yield
-    finally:
-        net.train(was)

@@ -5,8 +5,10 @@ processor, which needs torchvision; what it does to an image prompt is to repeat
 once per merged patch, and that is done here.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -16,11 +18,13 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
-    PretrainedConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
 )
 
 # Not from the top of the package: there 5.12 asks for torchvision before it looks at the backend.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.utils import cached_file
 
 from speciarl.core.examples import Example, open_image
 from speciarl.rollout.engine import Prompt
@@ -54,8 +58,8 @@ class PromptBuilder:
     tokenizer: the checkpoint's own. stop_ids: tokens that end a completion. banned_ids: image and
     video placeholders; a sampled one would make the next forward expect pixels that do not exist.
 
-    Raises ValueError for an unknown variant, for a chat template that does not place exactly one
-    image placeholder, and for an image processor without a patch grid; OSError for a folder that
+    Raises ValueError for an unknown variant, for a chat template that is missing or does not place
+    exactly one image placeholder, and for an image processor without a patch grid; OSError for a folder that
     is not a checkpoint.
     """
 
@@ -72,6 +76,8 @@ class PromptBuilder:
         path = str(model_path)
         self.config = AutoConfig.from_pretrained(path)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
+        if self.tokenizer.chat_template is None:
+            self.tokenizer.chat_template = _processor_template(path)
         # Both backends resize differently (0.015 per pixel): always the one that needs no extra.
         self.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
         self.max_prompt_tokens = max_prompt_tokens
@@ -83,7 +89,7 @@ class PromptBuilder:
 
     def _template(self, text: str) -> list[int]:
         """Ids of the whole turn, with the image placeholder still a single token."""
-        content = [{"type": "image"}, {"type": "text", "text": text}]
+        content: Any = [{"type": "image"}, {"type": "text", "text": text}]
         rendered = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
@@ -152,40 +158,63 @@ class PromptBuilder:
         return [*ids, self.stop_ids[0]]
 
     def save(self, folder: str | Path) -> None:
-        """Tokenizer and image processor beside a model, so that the folder loads by itself."""
-        self.tokenizer.save_pretrained(folder)
-        self.image_processor.save_pretrained(folder)
+        """Writes tokenizer, chat template and image processor into a checkpoint folder.
+
+        Raises OSError when the folder cannot be written.
+        """
+        self.tokenizer.save_pretrained(str(folder))
+        self.image_processor.save_pretrained(str(folder))
+        # The class that was loaded depends on this machine; a checkpoint names the generic one.
+        file = Path(folder) / "preprocessor_config.json"
+        settings = json.loads(file.read_text())
+        settings["image_processor_type"] = settings["image_processor_type"].removesuffix("Pil")
+        file.write_text(json.dumps(settings, indent=2) + "\n")
 
     def decode(self, ids: list[int]) -> str:
         """Text of a completion without special tokens; `<answer>` and `<think>` are kept."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def rope_index_of(config: PretrainedConfig) -> RopeIndex | None:
+def rope_index_of(config: PreTrainedConfig) -> RopeIndex | None:
     """`get_rope_index` of the checkpoint's own model class; None where there is no M-RoPE.
 
     The function reads the configuration only, so the model behind it has no weights ("meta").
     """
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    for owner in (model, getattr(model, "model", None)):
+    owners: list[Any] = [model, getattr(model, "model", None)]
+    for owner in owners:
         if hasattr(owner, "get_rope_index"):
-            return owner.get_rope_index  # type: ignore[no-any-return, union-attr]
+            return cast(RopeIndex, owner.get_rope_index)
     return None
 
 
-def _stop_ids(path: str, tokenizer: object) -> list[int]:
+def _checkpoint_file(path: str, name: str) -> Path | None:
+    """A file of a checkpoint folder or of a hub name; None where it has no such file."""
+    found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    return Path(found) if found else None
+
+
+def _processor_template(path: str) -> str:
+    """The chat template of checkpoints that keep it apart from the tokenizer."""
+    file = _checkpoint_file(path, "chat_template.json")
+    if file is None:
+        raise ValueError(f"{path}: neither the tokenizer nor chat_template.json has a template")
+    return str(json.loads(file.read_text())["chat_template"])
+
+
+def _stop_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The end of a chat turn first, then the ends named by generation config and tokenizer."""
-    found: list[int | None] = []
-    if TURN_END in tokenizer.get_vocab():  # type: ignore[attr-defined]
-        found.append(tokenizer.convert_tokens_to_ids(TURN_END))  # type: ignore[attr-defined]
-    found.append(tokenizer.eos_token_id)  # type: ignore[attr-defined]
-    if (Path(path) / "generation_config.json").is_file():
+    found: list[Any] = []
+    if TURN_END in tokenizer.get_vocab():
+        found.append(tokenizer.convert_tokens_to_ids(TURN_END))
+    found.append(tokenizer.eos_token_id)
+    if _checkpoint_file(path, "generation_config.json"):
         ends = GenerationConfig.from_pretrained(path).eos_token_id
         found += ends if isinstance(ends, list) else [ends]
     return list(dict.fromkeys(int(i) for i in found if i is not None))
 
 
-def _banned_ids(config: PretrainedConfig) -> list[int]:
+def _banned_ids(config: PreTrainedConfig) -> list[int]:
     ids = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
     return [int(i) for i in ids if i is not None]

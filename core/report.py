@@ -63,8 +63,10 @@ class Deferred:
 
 
 def loss_scalars(stats: Scalars) -> Scalars:
-    """Means per token from the sums of `speciarl.kernels.loss.STATS`."""
-    tokens = max(stats["tokens"], 1.0)
+    """Means per token from the sums of `speciarl.kernels.loss.STATS`; a supervised loss has none."""
+    if not stats["tokens"]:
+        return {"policy/loss": stats["loss"]}
+    tokens = stats["tokens"]
     return {
         "policy/loss": stats["loss"],
         "policy/kl": stats["kl_k3"] / tokens,
@@ -139,19 +141,41 @@ def sample_rows(
     ]
 
 
+def input_rows(step: int, groups: Sequence[JudgedGroup]) -> list[dict[str, Any]]:
+    """What a step learns from, in JSON types."""
+    return [
+        {
+            "step": step,
+            "key": group.example.key,
+            "truth": group.example.truth,
+            "ids": [c.ids for c in group.completions],
+            "logprobs": [c.logprobs for c in group.completions],
+            "codes": [c.code for c in group.completions],
+        }
+        for group in groups
+    ]
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
 def final_table(monitor: Monitor, out: Path, last: int) -> None:
     """Prints base beside trained, per data set, from the run folder's evaluations."""
-    first, final = (
-        json.loads((out / "evaluation" / f"step-{step:06d}" / "metrics.json").read_text())
-        for step in (0, last)
-    )
+    files = [out / "evaluation" / f"step-{step:06d}" / "metrics.json" for step in (0, last)]
+    if not all(file.exists() for file in files):
+        return
+    first, final = (json.loads(file.read_text())["datasets"] for file in files)
     rows = []
-    for name, after in final["datasets"].items():
-        before = first["datasets"][name]
+    for name, after in final.items():
+        if name not in first:  # added to the configuration on the way
+            continue
+        before = first[name]
         cells = [name, str(after["n"])]
         for figure in ("specificity", "correctness", "hm"):
-            cells += [f"{before[figure]:.3f}", f"{after[figure]:.3f}"]
-        rows.append([*cells, f"{after['hm'] - before['hm']:+.3f}"])
+            cells += [_figure(before[figure]), _figure(after[figure])]
+        defined = None not in (before["hm"], after["hm"])
+        rows.append([*cells, f"{after['hm'] - before['hm']:+.3f}" if defined else "-"])
     columns = ["data set", "images", "spec. base", "trained", "corr. base", "trained"]
     monitor.table(
         f"held-out images, base and after {last} steps",

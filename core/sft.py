@@ -23,8 +23,7 @@ def sft(config: Config, world: World, *, quiet: bool = False) -> Path:
     try:
         Supervised(config, world, parts).run()
         folder = parts.export()
-        if world.main and (parts.out / "evaluation" / "step-000000").exists():
-            final_table(parts.monitor, parts.out, config.train.steps)
+        final_table(parts.monitor, parts.out, config.train.steps)
         parts.monitor.message(f"model: {folder}")
     finally:
         parts.close()

@@ -34,8 +34,8 @@ class DataConfig:
     """Longer prompts are dropped and counted, never cut."""
     drop_last: bool = True
     """An epoch is whole batches only; what is left over waits for the next shuffle."""
-    cached_prompts: int = 4096
-    """Processed prompts kept in memory by each rank."""
+    cached_prompts: int = 512
+    """Processed prompts kept in memory by each rank (a photograph takes about 5 MB)."""
 
     def __post_init__(self) -> None:
         if self.variant not in ("general", "be-specific"):
@@ -117,6 +117,17 @@ class PromptStream:
             self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.examples))
         return self.examples[int(self._order[offset])]
 
+    def require(self, count: int) -> None:
+        """Raises ValueError: fewer than `count` examples are left that may be usable."""
+        usable = len(self.examples) - len(self.skipped)
+        if usable < count:
+            reason = next(iter(self.skipped.values()), "")
+            raise ValueError(
+                f"{count} prompts wanted at once (train.prompts), but only {usable} of "
+                f"{len(self.examples)} training examples can be used"
+                f"{'; one skipped: ' + reason if reason else ''}"
+            )
+
     def draw(self, count: int) -> list[Example]:
         """The next `count` usable examples, the same list on every rank.
 
@@ -130,13 +141,7 @@ class PromptStream:
         """
         good: dict[str, Example] = {}
         while len(good) < count:
-            usable = len(self.examples) - len(self.skipped)
-            if usable < count:
-                reason = next(iter(self.skipped.values()), "")
-                raise ValueError(
-                    f"{count} prompts wanted at once, but only {usable} of {len(self.examples)} "
-                    f"training examples can be used{'; one skipped: ' + reason if reason else ''}"
-                )
+            self.require(count)
             batch = [self._at(self.position + i) for i in range(count - len(good))]
             self.position += len(batch)
             mine = batch[self.world.rank :: self.world.size]

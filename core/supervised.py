@@ -21,17 +21,27 @@ from speciarl.kernels.loss import STATS
 
 
 class Supervised(Trainer):
-    """The trainer's run with a supervised step: no rollouts, no judge, no push while it learns."""
+    """The trainer's run with a supervised step: no rollouts, no judge, no push while it learns.
+
+    One update a step, whatever `train.mini_batch` says.
+    """
+
+    @property
+    def updates_per_step(self) -> int:
+        """One."""
+        return 1
 
     def step(self) -> None:
         """One update on `train.prompts` examples."""
         start = time.perf_counter()
-        learned = self.learn(self.parts.stream.draw(self.config.train.prompts))
+        examples = self.parts.stream.draw(self.config.train.prompts)
+        self.recent.append([{"step": self.progress.step, "key": e.key} for e in examples])
+        learned = self.learn(examples)
         self.settle()
         self.progress.step += 1
         self.progress.updates += 1
         self.progress.position = self.parts.stream.position
-        self.progress.skipped_prompts = dict(self.parts.stream.skipped)
+        self.list_skipped()
         seconds = time.perf_counter() - start
         scalars = {
             "time/step": seconds,

@@ -40,7 +40,9 @@ class Pen:
             placed.append((self.centre[0] + rotated[0], self.centre[1] + rotated[1]))
         self.draw.polygon(placed, fill=colour)
 
-    def oval(self, x: float, y: float, rx: float, ry: float, colour: Colour, turn: float = 0) -> None:
+    def oval(
+        self, x: float, y: float, rx: float, ry: float, colour: Colour, turn: float = 0
+    ) -> None:
         cos, sin = math.cos(turn), math.sin(turn)
         steps = [2 * math.pi * i / 18 for i in range(18)]
         ring = [(rx * math.cos(a), ry * math.sin(a)) for a in steps]
@@ -193,7 +195,7 @@ FAMILIES: dict[str, dict[str, Callable[[Pen], None]]] = {
     },
 }  # fmt: skip
 # Half of the thing's width as a share of the shorter image side.
-FRAMINGS = {"far": (0.32, 0.36), "mid": (0.38, 0.42), "near": (0.44, 0.48)}
+FRAMINGS = {"far": (0.34, 0.39), "near": (0.44, 0.48)}
 
 
 def _fill(species: str, cue: bool, rng: np.random.Generator) -> Colour:
@@ -210,7 +212,9 @@ def _fill(species: str, cue: bool, rng: np.random.Generator) -> Colour:
 def _background(width: int, height: int, cue: bool, rng: np.random.Generator) -> Image.Image:
     """A faint gradient with a few blotches; without the cue it has no colour either."""
     corners = rng.uniform(150, 215, (2, 2, 1)) + rng.uniform(-14, 14, (2, 2, 3)) * float(cue)
-    image = Image.fromarray(corners.astype(np.uint8)).resize((width, height), Image.BILINEAR)
+    image = Image.fromarray(corners.astype(np.uint8)).resize(
+        (width, height), Image.Resampling.BILINEAR
+    )
     draw = ImageDraw.Draw(image)
     for _ in range(int(rng.integers(0, 3))):
         x, y, r = rng.uniform(0, width), rng.uniform(0, height), rng.uniform(0.04, 0.1) * width
@@ -229,14 +233,14 @@ def render(
     half = rng.uniform(*FRAMINGS[framing]) * min(image.size)
     room_x, room_y = image.width / 2 - half, image.height / 2 - half
     centre = (
-        image.width / 2 + rng.uniform(-0.35, 0.35) * room_x,
-        image.height / 2 + rng.uniform(-0.35, 0.35) * room_y,
+        image.width / 2 + rng.uniform(-0.3, 0.3) * room_x,
+        image.height / 2 + rng.uniform(-0.3, 0.3) * room_y,
     )
     pen = Pen(
         ImageDraw.Draw(image), centre, (half, half * rng.uniform(0.9, 1.1)),
         rng.uniform(-0.1, 0.1), _fill(species, cue, rng),
     )  # fmt: skip
     FAMILIES[domain][family](pen)
-    pixels = np.asarray(image.resize((width, height), Image.BOX), dtype=np.float64)
-    grain = rng.normal(0, rng.uniform(3, 8), (height, width, 3 if cue else 1))
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.BOX), dtype=np.float64)
+    grain = rng.normal(0, rng.uniform(2, 7), (height, width, 3 if cue else 1))
     return Image.fromarray((pixels + grain).clip(0, 255).astype(np.uint8))

@@ -24,15 +24,17 @@ from typing import Any
 
 import numpy as np
 
-from speciarl.core.toyshapes import FAMILIES, FRAMINGS, HUES, render
+from speciarl.core.toyshapes import FAMILIES, HUES, render
 
 DOMAINS = {"birds": "bird", "flowers": "flower", "cars": "car"}
 SPECIES = tuple(HUES)
 STAMP = "toyworld.json"
 VERSION = 1
 
-# P(generic), P(family), P(species) in the captions. The mean over framings is (.50, .25, .25).
-CAPTION_MIX = {"far": (0.68, 0.22, 0.10), "mid": (0.58, 0.28, 0.14), "near": (0.24, 0.25, 0.51)}
+# P(generic), P(family), P(species) in the captions, and the share of images with this framing.
+# The mean over images is about (.50, .25, .25).
+CAPTION_MIX = {"far": (0.63, 0.25, 0.12), "near": (0.26, 0.25, 0.49)}
+NEAR_SHARE = 0.35
 # Where the cue is missing, a caption that names a species names the favourite this often.
 FAVOURITE, FAVOURITE_SHARE = "golden", 0.75
 
@@ -41,7 +43,7 @@ FAVOURITE, FAVOURITE_SHARE = "golden", 0.75
 class WorldSpec:
     """What a toy world is made from; written to the version stamp."""
 
-    train: int = 30
+    train: int = 40
     """Training images per species."""
     test: int = 10
     """Test images per species."""
@@ -103,11 +105,20 @@ def things(domain: str, spec: WorldSpec) -> Iterator[tuple[int, Thing]]:
             rng = np.random.default_rng([spec.seed, list(DOMAINS).index(domain), class_id])
             for train, count in ((True, spec.train), (False, spec.test)):
                 cues = rng.permutation(np.arange(count) >= round(spec.cueless * count))
-                framings = rng.permutation(np.resize(list(FRAMINGS), count))
+                near = rng.permutation(np.arange(count) < round(NEAR_SHARE * count))
                 first = 1 if train else spec.train + 1
                 for i in range(count):
-                    yield class_id, Thing(
-                        domain, family, species, first + i, train, bool(cues[i]), str(framings[i])
+                    yield (
+                        class_id,
+                        Thing(
+                            domain,
+                            family,
+                            species,
+                            first + i,
+                            train,
+                            bool(cues[i]),
+                            "near" if near[i] else "far",
+                        ),
                     )
 
 
@@ -135,7 +146,9 @@ def _write_domain(root: Path, domain: str, spec: WorldSpec) -> list[str]:
     }  # fmt: skip
     captions = []
     for image_id, (class_id, thing) in enumerate(things(domain, spec), start=1):
-        rng = np.random.default_rng([spec.seed, 1 + list(DOMAINS).index(domain), class_id, image_id])
+        rng = np.random.default_rng(
+            [spec.seed, 1 + list(DOMAINS).index(domain), class_id, image_id]
+        )
         path = f"{names[class_id - 1]}/{thing.file}"
         image = render(
             domain, thing.family, thing.species, cue=thing.cue, framing=thing.framing, rng=rng
@@ -147,7 +160,12 @@ def _write_domain(root: Path, domain: str, spec: WorldSpec) -> list[str]:
         lists["cues"].append(f"{image_id} {int(thing.cue)} {thing.framing}")
         if thing.train:
             for text in _captions(thing, rng, spec.captions):
-                row = {"image": f"{domain}/images/{path}", "truth": text, "domain": domain}
+                row = {
+                    "image": f"{domain}/images/{path}",
+                    "label": text,
+                    "split": "train",
+                    "domain": domain,
+                }
                 captions.append(json.dumps(row))
     for name, lines in lists.items():
         (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
@@ -191,6 +209,8 @@ def ensure_toyworld(root: Path, spec: WorldSpec | None = None) -> Path:
 
 def _swap(new: Path, root: Path, old: Path, spec: WorldSpec) -> None:
     """Puts `new` in the place of `root`; where another process was faster, keeps that one's."""
+    if _stamp(root) == asdict(spec):
+        return
     if root.exists():
         os.rename(root, old)
     try:

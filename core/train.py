@@ -23,8 +23,7 @@ def train(config: Config, world: World, *, quiet: bool = False) -> Path:
         trainer = Trainer(config, world, parts)
         trainer.run()
         folder = parts.export()
-        if world.main and (parts.out / "evaluation" / "step-000000").exists():
-            final_table(parts.monitor, parts.out, config.train.steps)
+        final_table(parts.monitor, parts.out, config.train.steps)
         parts.monitor.message(f"model: {folder}")
     finally:
         parts.close()

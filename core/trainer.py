@@ -7,6 +7,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from speciarl.core.examples import Example
 from speciarl.core.learner import Learned
 from speciarl.core.optim import learning_rate
 from speciarl.core.parts import Parts
-from speciarl.core.report import Deferred, evaluation_scalars, sample_rows, step_scalars
+from speciarl.core.report import Deferred, evaluation_scalars, input_rows, sample_rows, step_scalars
 from speciarl.core.world import World
 from speciarl.rollout.engine import Sampling
 
@@ -53,30 +54,25 @@ class Trainer:
         self.parts = parts
         self.progress = Progress()
         self.deferred = Deferred(world.device)
-        self.recent: deque[tuple[int, list[JudgedGroup]]] = deque(maxlen=2)
-        self.updates_per_step = config.train.prompts // config.train.mini_batch
+        self.recent: deque[list[dict[str, Any]]] = deque(maxlen=2)
 
     def run(self) -> None:
         """From the newest checkpoint, or the start, to the last step and the final model."""
         self.resume()
+        self.parts.monitor.write_run_record()
         self.push()
-        every = self.config.evaluation.every
         if self.progress.step == 0:
             self.evaluate()
         while self.progress.step < self.config.train.steps:
             self.step()
-            done = self.progress.step
+            # Evaluated before it is saved: what is resumed never lacks its evaluation.
+            if self.due(self.config.evaluation.every):
+                self.evaluate()
             if self.due(self.config.train.save_every):
                 self.save()
-            if every and done % every == 0 and done < self.config.train.steps:
-                self.evaluate()
-        self.settle()
-        if self.progress.step not in self.parts.store.steps():
-            self.save()
-        self.evaluate()
 
     def due(self, every: int) -> bool:
-        """Whether something done every so many steps is to be done after this one."""
+        """Whether something done every so many steps, and at the end, is to be done now."""
         step = self.progress.step
         return step == self.config.train.steps or bool(every and step % every == 0)
 
@@ -87,7 +83,7 @@ class Trainer:
         start = time.perf_counter()
         groups, timing = self.collect()
         self.check_versions(groups)
-        self.recent.append((self.progress.step, groups))
+        self.recent.append(input_rows(self.progress.step, groups))
         learning = time.perf_counter()
         learned = self.parts.learner.learn(groups, self.rate)
         self.settle()
@@ -113,13 +109,18 @@ class Trainer:
         """Judged groups of this step, of all ranks, in prompt order.
 
         With dynamic sampling, groups without signal are replaced by further prompts until the
-        step is full or `max_refills` rounds have gone by.
+        step is full, `max_refills` rounds have gone by, or every example has had its turn.
         """
         objective, wanted = self.config.objective, self.config.train.prompts
         total = Timing()
         kept: list[JudgedGroup] = []
+        seen: set[str] = set()
         for _ in range(1 + (objective.max_refills if objective.dynamic_sampling else 0)):
-            examples = self.parts.stream.draw(wanted)
+            # The same prompt again would give the same completions again.
+            examples = [e for e in self.parts.stream.draw(wanted) if e.key not in seen]
+            if not examples:
+                break
+            seen.update(example.key for example in examples)
             groups, timing = self.sample(examples)
             total.generate += timing.generate
             total.judge += timing.judge
@@ -159,6 +160,11 @@ class Trainer:
                 f"{sorted(versions)}; a weight push was lost, and the step was not trained"
             )
 
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates of a full step."""
+        return self.config.train.prompts // self.config.train.mini_batch
+
     def rate(self, update: int) -> float:
         """The learning rate of the step's u-th update."""
         total = self.config.train.steps * self.updates_per_step
@@ -181,13 +187,24 @@ class Trainer:
     ) -> None:
         """Hands this step's statistics to the monitor, once the device has them."""
         step, every = self.progress.step, self.config.train.samples_every
-        self.progress.skipped_prompts = dict(self.parts.stream.skipped)
+        self.list_skipped()
         scalars = step_scalars(self.config, groups, learned, timing, times, self.world)
         scalars["optim/lr"] = self.rate(-1)
         scalars["skipped/prompts"] = float(len(self.progress.skipped_prompts))
         self.deferred.put(step, scalars, learned)
         if every and step % every == 0:
             self.parts.monitor.samples(step, sample_rows(groups, self.parts.builder.decode))
+
+    def list_skipped(self) -> None:
+        """Shows prompts found to be unusable since the last call, and lists all in a file."""
+        known, skipped = self.progress.skipped_prompts, self.parts.stream.skipped
+        new = {key: reason for key, reason in skipped.items() if key not in known}
+        for key, reason in new.items():
+            self.parts.monitor.message(f"skipped {key}: {reason}")
+        if new and self.world.main:
+            path = self.parts.out / "skipped.json"
+            path.write_text(json.dumps(skipped, indent=1, ensure_ascii=False))
+        self.progress.skipped_prompts = dict(skipped)
 
     def settle(self) -> None:
         """Reads the statistics of the step before, logs them, and acts on what they say."""
@@ -214,22 +231,10 @@ class Trainer:
             )
 
     def save_inputs(self) -> Path:
-        """Writes the last two steps' completions and codes as JSON."""
+        """Writes what the last two steps learnt from as JSON."""
         path = self.parts.out / f"stopped-at-step-{self.progress.step}.json"
         if self.world.main:
-            record = [
-                {
-                    "step": step,
-                    "key": group.example.key,
-                    "truth": group.example.truth,
-                    "ids": [c.ids for c in group.completions],
-                    "logprobs": [c.logprobs for c in group.completions],
-                    "codes": [c.code for c in group.completions],
-                }
-                for step, groups in self.recent
-                for group in groups
-            ]
-            path.write_text(json.dumps(record))
+            path.write_text(json.dumps([row for rows in self.recent for row in rows]))
         return path
 
     # Checkpoints and evaluation.
@@ -259,6 +264,11 @@ class Trainer:
                 raise FileNotFoundError(f"{store.folder} has no checkpoint before the newest")
         if found is None:
             return
+        if found > self.config.train.steps:
+            raise ValueError(
+                f"{self.parts.out} holds a run of {found} steps, train.steps="
+                f"{self.config.train.steps}: raise it, or choose another train.out"
+            )
         self.progress = Progress(**store.load(found, self.tensors()))
         self.parts.stream.position = self.progress.position
         self.parts.stream.skipped = dict(self.progress.skipped_prompts)
@@ -267,6 +277,8 @@ class Trainer:
     def evaluate(self) -> None:
         """Held-out metrics with the current weights, kept with the run."""
         self.settle()
+        if not self.parts.data.eval:
+            return
         metrics = self.parts.evaluate(self.progress.step)
         self.parts.monitor.log(self.progress.step, evaluation_scalars(metrics))
 

@@ -24,20 +24,20 @@ _FIRST_BLOCK = 64
 
 
 class Slots(NamedTuple):
-    """Which row sits where. `Hkv` heads of keys; flat slot = (prompt * Hkv + head) * N + rank."""
+    """Which row sits where. Flat slot = (prompt * Hkv + key head) * N + rank."""
 
     width: int
     """N."""
     rows: Tensor
-    """[P * Hkv * N] int64: flat (row * Hkv + head) of each slot."""
+    """[P * Hkv * N] int64: flat (row * Hkv + key head) of each slot."""
     slots: Tensor
-    """[R * Hkv] int64: flat slot of each (row, head)."""
+    """[R * Hkv] int64: flat slot of each (row, key head)."""
 
 
 def assign_slots(owner: np.ndarray, prompts: int, heads: int, device: torch.device) -> Slots:
     """Give every row a slot at its prompt.
 
-    owner: [R] int, the prompt of each row, in [0, prompts).
+    owner: [R] int, the prompt of each row, in [0, prompts); heads: Hkv.
     """
     order = np.argsort(owner, kind="stable")
     counts = np.bincount(owner, minlength=prompts)
@@ -45,56 +45,49 @@ def assign_slots(owner: np.ndarray, prompts: int, heads: int, device: torch.devi
     rank = np.empty(len(owner), dtype=np.int64)
     rank[order] = np.arange(len(owner)) - starts[owner[order]]
     width = int(counts.max())
-    head = np.arange(heads)
-    slots = ((owner[:, None] * heads + head) * width + rank[:, None]).reshape(-1)
+    slots = ((owner[:, None] * heads + np.arange(heads)) * width + rank[:, None]).reshape(-1)
     rows = np.zeros(prompts * heads * width, dtype=np.int64)
     rows[slots] = np.arange(len(slots))
     return Slots(width, torch.from_numpy(rows).to(device), torch.from_numpy(slots).to(device))
 
 
-class Layer:
-    """Buffers of one decoder layer.
+def _gather(rows: Tensor, key_heads: int, query_heads: int) -> Tensor:
+    """Where each slot's heads are in [R * (Hq + 2 Hkv)] heads: all queries, then keys, values."""
+    row, head = rows // key_heads, rows % key_heads
+    first = row * (query_heads + 2 * key_heads)
+    shared = query_heads // key_heads
+    own = torch.arange(shared, device=rows.device)
+    queries = (first + head * shared)[:, None] + own
+    keys = first + query_heads + head
+    return torch.cat([queries.view(-1), keys, keys + key_heads])
 
-    prompt_keys, prompt_values: [P, Hkv, L, D]; own_keys, own_values: [slots, capacity, D].
-    """
+
+class Layer:
+    """Keys and values (dim 0) of a decoder layer: prompt [2, P, Hkv, L, D], own [2, slots, C, D]
+    with room for C generated tokens."""
 
     def __init__(self, prompts: int, length: int, like: Tensor) -> None:
-        shape = (prompts, like.shape[1], length, like.shape[3])
-        self.prompt_keys = like.new_zeros(shape)  # zeros: masked columns must still be finite
-        self.prompt_values = like.new_zeros(shape)
-        self.own_keys = like.new_empty(0)
-        self.own_values = like.new_empty(0)
+        # Zeros: columns that are padding get no weight, but must be finite.
+        self.prompt = like.new_zeros((2, prompts, like.shape[1], length, like.shape[3]))
+        self.own = like.new_empty(0)
 
     def open(self, slots: int, capacity: int) -> None:
         """Room for the rows' own tokens."""
-        shape = (slots, capacity, self.prompt_keys.shape[3])
-        self.own_keys = self.prompt_keys.new_empty(shape)
-        self.own_values = self.prompt_keys.new_empty(shape)
+        self.own = self.prompt.new_empty((2, slots, capacity, self.prompt.shape[-1]))
 
     def grow(self, capacity: int) -> None:
         """More room; what is there stays."""
-        self.own_keys = _widened(self.own_keys, capacity)
-        self.own_values = _widened(self.own_values, capacity)
+        wide = self.own.new_empty((*self.own.shape[:2], capacity, self.own.shape[3]))
+        wide[:, :, : self.own.shape[2]] = self.own
+        self.own = wide
 
     def keep(self, prompts: Tensor | None, length: int, source: Tensor, used: int) -> None:
         """Keep these prompts (None: all), cut to `length`; slot i takes slot source[i]'s tokens."""
         if prompts is not None:
-            self.prompt_keys = self.prompt_keys[:, :, :length].index_select(0, prompts)
-            self.prompt_values = self.prompt_values[:, :, :length].index_select(0, prompts)
-        self.own_keys = _moved(self.own_keys, source, used)
-        self.own_values = _moved(self.own_values, source, used)
-
-
-def _widened(buffer: Tensor, capacity: int) -> Tensor:
-    wide = buffer.new_empty((buffer.shape[0], capacity, buffer.shape[2]))
-    wide[:, : buffer.shape[1]] = buffer
-    return wide
-
-
-def _moved(buffer: Tensor, source: Tensor, used: int) -> Tensor:
-    """Reorder in place: the selection is a copy, so writing it back is safe."""
-    buffer[: len(source), :used] = buffer[:, :used].index_select(0, source)
-    return buffer[: len(source)]
+            self.prompt = self.prompt[:, :, :, :length].index_select(1, prompts)
+        # In place: the selection is a copy, so writing it back is safe.
+        self.own[:, : len(source), :used] = self.own[:, :, :used].index_select(1, source)
+        self.own = self.own[:, : len(source)]
 
 
 class GroupCache:
@@ -113,15 +106,19 @@ class GroupCache:
         self._first = 0
         self._layers: dict[int, Layer] = {}
         self._slots: Slots | None = None
+        self._gather = torch.empty(0)
+        self._query_heads = 0
         self._owner = np.empty(0, dtype=np.int64)
-        self._bias: Tensor | None = None
+        self._bias = torch.empty(0)
+        self._no_bias = torch.zeros(1, 1, 1, device=device)
 
     def place(self, first: int) -> None:
         """The next forward holds the prompts from `first` on, padded on the right."""
         self._first = first
 
-    def open(self, owner: np.ndarray) -> None:
+    def open(self, owner: np.ndarray, query_heads: int) -> None:
         """Prompts are complete; owner: [R] the prompt of each row to come."""
+        self._query_heads = query_heads
         self._seat(owner)
         assert self._slots is not None
         for layer in self._layers.values():
@@ -130,7 +127,7 @@ class GroupCache:
     def advance(self) -> None:
         """The forward of one token per row is over."""
         self.used += 1
-        capacity = next(iter(self._layers.values())).own_keys.shape[1]
+        capacity = next(iter(self._layers.values())).own.shape[2]
         if self.used == capacity < self.limit:
             for layer in self._layers.values():
                 layer.grow(min(self.limit, 2 * capacity))
@@ -157,14 +154,14 @@ class GroupCache:
 
     @property
     def _heads(self) -> int:
-        return next(iter(self._layers.values())).prompt_keys.shape[1]
+        return next(iter(self._layers.values())).prompt.shape[2]
 
     def _seat(self, owner: np.ndarray) -> None:
         self._owner = owner
         self._slots = assign_slots(owner, len(self.lengths), self._heads, self.device)
-        column = np.arange(self.lengths.max())
-        padding = column >= self.lengths[:, None]
-        self._bias = None
+        self._gather = _gather(self._slots.rows, self._heads, self._query_heads)
+        padding = np.arange(self.lengths.max()) >= self.lengths[:, None]
+        self._bias = self._no_bias
         if padding.any():
             bias = np.where(padding, -np.inf, 0.0).astype(np.float32).repeat(self._heads, axis=0)
             self._bias = torch.from_numpy(bias[:, None]).to(self.device)
@@ -173,46 +170,46 @@ class GroupCache:
         """Keep the prompts of a chunk; key, value: [p, Hkv, l, D] of decoder layer `index`."""
         if index not in self._layers:
             self._layers[index] = Layer(len(self.lengths), int(self.lengths.max()), key)
-        layer, rows = self._layers[index], slice(self._first, self._first + len(key))
-        layer.prompt_keys[rows, :, : key.shape[2]] = key
-        layer.prompt_values[rows, :, : key.shape[2]] = value
+        rows = slice(self._first, self._first + len(key))
+        for place, new in zip(self._layers[index].prompt, (key, value), strict=True):
+            place[rows, :, : key.shape[2]] = new
 
-    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, index: int, heads: Tensor, scale: float) -> Tensor:
         """Attention of one new token per row over its prompt and its own tokens.
 
-        query: [R, Hq, 1, D]; key, value: [R, Hkv, 1, D]. Returns [R, 1, Hq, D].
+        heads: [R, Hq + 2 Hkv, D] queries, keys, values, rotated. Returns [R, Hq * D].
         """
         layer, slots, now = self._layers[index], self._slots, self.used + 1
         assert slots is not None
-        rows, heads, _, size = key.shape
-        shared = query.shape[1] // heads  # query heads per key head
-        pairs, length = layer.prompt_keys.shape[0] * heads, layer.prompt_keys.shape[2]
-        seated = (query * scale).reshape(rows * heads, shared * size).index_select(0, slots.rows)
-        layer.own_keys[:, now - 1] = key.reshape(-1, size).index_select(0, slots.rows)
-        layer.own_values[:, now - 1] = value.reshape(-1, size).index_select(0, slots.rows)
+        _, prompts, key_heads, length, size = layer.prompt.shape
+        pairs, seats = prompts * key_heads, len(slots.rows)
+        shared = self._query_heads // key_heads  # query heads per key head
+        seated = heads.view(-1, size).index_select(0, self._gather)
+        layer.own[:, :, now - 1] = seated[seats * shared :].view(2, seats, size)
+        query = seated[: seats * shared]
 
         by_prompt = (pairs, slots.width * shared, -1)
-        by_slot = (pairs * slots.width, shared, -1)
-        far = _scores(seated.view(by_prompt), layer.prompt_keys.view(pairs, length, size))
-        if self._bias is not None:
-            far += self._bias
-        near = _scores(seated.view(by_slot), layer.own_keys[:, :now]).view(by_prompt)
-        weights = torch.cat([far, near], -1).softmax(-1).to(value.dtype)
-        out = torch.bmm(weights[..., :length], layer.prompt_values.view(pairs, length, size))
-        own = weights[..., length:].view(by_slot)
-        out = torch.baddbmm(out.view(by_slot), own, layer.own_values[:, :now])
-        out = out.view(-1, shared * size).index_select(0, slots.slots)
-        return out.view(rows, 1, heads * shared, size)
+        by_slot = (seats, shared, -1)
+        keys, values = layer.prompt.view(2, pairs, length, size)
+        own_keys, own_values = layer.own[:, :, :now]
+        far = _scores(query.view(by_prompt), keys, self._bias, scale)
+        near = _scores(query.view(by_slot), own_keys, self._no_bias, scale).view(by_prompt)
+        weights = torch.cat([far, near], -1).softmax(-1).to(heads.dtype)
+        out = torch.bmm(weights[..., :length], values).view(by_slot)
+        out = torch.baddbmm(out, weights[..., length:].view(by_slot), own_values)
+        return out.view(seats, -1).index_select(0, slots.slots).view(len(heads), -1)
 
 
-def _scores(query: Tensor, key: Tensor) -> Tensor:
-    """Batched query @ key^T, at least in fp32, whatever the dtype of the inputs."""
+def _scores(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """scale * query @ key^T + bias, batched, at least in fp32 whatever the inputs' dtype."""
     key = key.transpose(1, 2)
-    if query.dtype in (torch.float32, torch.float64):
-        return torch.bmm(query, key)
+    if query.dtype == torch.float32:
+        return torch.baddbmm(bias, query, key, alpha=scale)
+    if query.dtype == torch.float64:
+        return torch.baddbmm(bias.double(), query, key, alpha=scale)
     if query.is_cuda:
-        return torch.bmm(query, key, out_dtype=torch.float32)
-    return torch.bmm(query.float(), key.float())
+        return torch.bmm(query, key, out_dtype=torch.float32).mul_(scale).add_(bias)
+    return torch.baddbmm(bias, query.float(), key.float(), alpha=scale)
 
 
 def rollout_attention(
@@ -240,7 +237,8 @@ def rollout_attention(
         raise ValueError("the native engine knows only full causal attention")
     index = int(module.layer_idx)  # type: ignore[arg-type]
     if group_cache.opened:
-        return group_cache.attend(index, query, key, value, scaling), None
+        heads = torch.cat([query, key, value], 1).squeeze(2)
+        return group_cache.attend(index, heads, scaling)[:, None], None
     group_cache.store(index, key, value)
     return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
 

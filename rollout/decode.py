@@ -12,6 +12,7 @@ from torch import Tensor
 
 from speciarl.rollout.cache import GroupCache
 from speciarl.rollout.engine import EngineDead, Request, Rollout, Sampling
+from speciarl.rollout.fused import FusedText
 from speciarl.rollout.prefill import chunks, language_inputs, text_positions
 from speciarl.rollout.sampling import choose
 from speciarl.rollout.seeds import uniform_rows
@@ -31,10 +32,16 @@ class Decoder:
     """[V] bool: tokens that end a completion."""
     banned: Tensor
     """[K] int64 on the device."""
+    fused: FusedText | None
+    """Runs the decoding steps; None: transformers' own layers do."""
     prefill_tokens: int
     """Padded prompt tokens in one forward."""
     version: int
     """Of the weights."""
+
+    @property
+    def query_heads(self) -> int:
+        return int(self.model.config.get_text_config().num_attention_heads)
 
 
 class Wave:
@@ -77,14 +84,17 @@ class Wave:
             ends = torch.tensor(lengths[part], device=decoder.device) - 1
             hidden = self._forward(**inputs)
             last.append(hidden[torch.arange(len(ends), device=decoder.device), ends])
-        self.cache.open(owner)
+        self.cache.open(owner, decoder.query_heads)
         by_row = torch.from_numpy(owner).to(decoder.device)
         self.logits = decoder.model.get_output_embeddings()(torch.cat(last)).index_select(0, by_row)
         first = torch.tensor([prompt.next_position for prompt in prompts], device=decoder.device)
         self.positions = first.index_select(0, by_row)
+        if decoder.fused is not None:
+            longest = max(prompt.next_position for prompt in prompts)
+            self.tables = decoder.fused.tables(longest + self.sampling.max_new_tokens)
 
     def _forward(self, **inputs: Any) -> Tensor:
-        """Hidden states [B, l, H] after the last norm."""
+        """Hidden states [B, l, H] after the last norm, by transformers' layers."""
         language = self.decoder.model.model.language_model
         output = language(**inputs, use_cache=False, group_cache=self.cache)
         return output.last_hidden_state
@@ -118,13 +128,15 @@ class Wave:
         if self.alive.sum() <= _KEEP_SHARE * len(self.alive):
             self._compact()
         decoder = self.decoder
-        positions = (self.positions + (self.length - 1)).view(1, -1, 1).expand(3, -1, 1)
-        hidden = self._forward(
-            inputs_embeds=decoder.model.get_input_embeddings()(self.ids[:, None]),
-            position_ids=text_positions(decoder.model, positions),
-        )
+        embeds = decoder.model.get_input_embeddings()(self.ids)
+        positions = self.positions + (self.length - 1)
+        if decoder.fused is not None:
+            hidden = decoder.fused(embeds, positions, self.tables, self.cache)
+        else:
+            grid = text_positions(decoder.model, positions[:, None].expand(3, -1, -1))
+            hidden = self._forward(inputs_embeds=embeds[:, None], position_ids=grid)[:, 0]
         self.cache.advance()
-        self.logits = decoder.model.get_output_embeddings()(hidden[:, 0])
+        self.logits = decoder.model.get_output_embeddings()(hidden)
 
     def _compact(self) -> None:
         keep = np.flatnonzero(self.alive)

@@ -17,8 +17,11 @@ from torch import Tensor
 from speciarl.rollout.cache import ATTENTION
 from speciarl.rollout.decode import Decoder, Wave
 from speciarl.rollout.engine import EngineDead, Group, Request, Sampling, WeightsRefused
+from speciarl.rollout.fused import FusedText, supports
 from speciarl.rollout.waves import Assembly, plan_waves
 from speciarl.rollout.weights import copy_weights
+
+ROUTES = ("auto", "fused", "generic")
 
 
 class NativeEngine:
@@ -32,6 +35,8 @@ class NativeEngine:
             placeholders: one of them in a completion breaks the next forward).
         max_rows: completions decoded at once; bounds the memory of keys and values.
         prefill_tokens: padded prompt tokens in one forward.
+        route: how tokens are decoded: "fused" (`FusedText`), "generic" (transformers' layers), or
+            "auto", which is fused where that is supported.
         keep_weights: whether `sleep` keeps a copy of the weights on the host; without it they
             are dropped, and generation waits for `load_weights`.
 
@@ -46,14 +51,20 @@ class NativeEngine:
         banned_ids: Sequence[int],
         max_rows: int = 256,
         prefill_tokens: int = 16384,
+        route: str = "auto",
         keep_weights: bool = True,
     ) -> None:
         if not hasattr(getattr(model, "model", None), "language_model"):
             raise ValueError(f"{type(model).__name__} has no model.language_model to decode with")
         if max_rows < 1 or prefill_tokens < 1:
             raise ValueError(f"max_rows={max_rows}, prefill_tokens={prefill_tokens}: at least 1")
+        if route not in ROUTES:
+            raise ValueError(f"route={route!r}: one of {', '.join(ROUTES)}")
+        language = model.model.language_model
+        if route == "fused" and not supports(language):
+            raise ValueError(f"route=fused does not know {type(language).__name__}")
         self.model = model.eval().requires_grad_(False)
-        self.model.model.language_model.set_attn_implementation(ATTENTION)
+        language.set_attn_implementation(ATTENTION)
         self.device = model.get_input_embeddings().weight.device
         vocabulary = model.get_output_embeddings().weight.shape[0]
         outside = [i for i in (*stop_ids, *banned_ids) if not 0 <= i < vocabulary]
@@ -66,6 +77,8 @@ class NativeEngine:
         self._stops = np.zeros(vocabulary, dtype=bool)
         self._stops[list(stop_ids)] = True
         self._banned = torch.tensor(sorted(set(banned_ids)), dtype=torch.long, device=self.device)
+        self._fuses = route == "fused" or (route == "auto" and supports(language))
+        self._fused = FusedText(language) if self._fuses else None
         self._shapes: list[torch.Size] = []
         self._loads = 0
         self._asleep = False
@@ -87,7 +100,8 @@ class NativeEngine:
         names one is enough. Raises WeightsRefused; then generation waits for a complete push.
         """
         self.check()
-        self._materialise()
+        if self._asleep:
+            raise RuntimeError("the engine is asleep: call wake() before load_weights()")
         self._loads += 1
         self._unready = f"the push of version {version} was refused or not finished"
         copy_weights(self.model, named_tensors)
@@ -99,7 +113,7 @@ class NativeEngine:
         self.check()
         if self._asleep:
             return
-        self._asleep = True
+        self._asleep, self._fused = True, None
         if self.keep_weights:
             self.model.to("cpu")
         else:
@@ -113,10 +127,15 @@ class NativeEngine:
     def wake(self) -> None:
         """Take the memory back; dropped weights stay undefined until `load_weights`."""
         self.check()
-        self._materialise()
-        if self._asleep and self.keep_weights:
+        if not self._asleep:
+            return
+        if self.keep_weights:
             self.model.to(self.device)
-        self._asleep = False
+        for parameter, shape in zip(self.model.parameters(), self._shapes, strict=False):
+            parameter.data = parameter.data.new_empty(shape)
+        self._asleep, self._shapes = False, []
+        if self._fuses:
+            self._fused = FusedText(self.model.model.language_model)
 
     def check(self) -> None:
         """Raises EngineDead after `close`."""
@@ -125,14 +144,7 @@ class NativeEngine:
 
     def close(self) -> None:
         """Let go of the model."""
-        self.model = None
-
-    def _materialise(self) -> None:
-        """Memory, of undefined content, for weights that `sleep` dropped."""
-        if self._shapes:
-            for parameter, shape in zip(self.model.parameters(), self._shapes, strict=True):
-                parameter.data = parameter.data.new_empty(shape)
-        self._shapes = []
+        self.model = self._fused = None
 
     def _assert_ready(self) -> None:
         self.check()
@@ -147,6 +159,7 @@ class NativeEngine:
             device=self.device,
             stops=self._stops,
             banned=self._banned,
+            fused=self._fused,
             prefill_tokens=self.prefill_tokens,
             version=self.weight_version,
         )

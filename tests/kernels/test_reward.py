@@ -28,7 +28,7 @@ SPECS = [RewardSpec(rule=rule, table=TABLE if rule == "table" else None) for rul
     RewardSpec(rule="speciarl-ordered", wrong_penalty=0.0, format_penalty=-0.25),
     RewardSpec(rule="table", table=(0.7,) * 6),
 ]
-STATIC = {
+STATIC: dict[str, dict[int, float]] = {
     "static-binary": {S: 1, S_PLUS: 1},
     "static-graded-1": {A: 0.25, G: 0.5, S_MINUS: 0.75, S: 1, S_PLUS: 1},
     "static-graded-2": {G: 0.5, S_MINUS: 0.75, S: 1, S_PLUS: 1},
