@@ -1,4 +1,4 @@
-"""Kills a run with SIGKILL at random moments, resumes it, and compares the final weights bit by bit.
+"""Kills runs with SIGKILL at random moments, resumes them, compares the final weights bitwise.
 
     python bench/kills.py                     # ten kills of a 20-step toy run
     python bench/kills.py --kills 3 --seed 7
@@ -120,7 +120,9 @@ def main(kills: int, steps: int, seed: int, out: Path, report: Path | None) -> N
     click.echo(f"{kills - bad} of {kills} resumed runs are bit-identical ({len(wanted)} tensors)")
     if report:
         report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(json.dumps({"steps": steps, "seed": seed, "kills": rows}, indent=1) + "\n")
+        report.write_text(
+            json.dumps({"steps": steps, "seed": seed, "kills": rows}, indent=1) + "\n"
+        )
     if bad:
         raise SystemExit(1)
 

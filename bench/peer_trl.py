@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-import time
 from dataclasses import asdict
 from typing import Any, TextIO
 
@@ -179,13 +178,10 @@ def paced(job: Job, meter: Meter, reward: Reward, orders: TextIO, out: TextIO) -
     from transformers import TrainerCallback
 
     class Pace(TrainerCallback):
-        start = 0.0
-
         def wait(self, control: Any) -> None:
             if orders.readline() == "":
                 control.should_training_stop = True
-            meter.take()
-            self.start = time.perf_counter()
+            meter.start()
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **other: Any) -> None:
             say(out, ready=True)
@@ -194,7 +190,7 @@ def paced(job: Job, meter: Meter, reward: Reward, orders: TextIO, out: TextIO) -
         def on_step_end(self, args: Any, state: Any, control: Any, **other: Any) -> None:
             if args.device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds, took = meter.seconds, time.perf_counter() - self.start
+            seconds, took = meter.seconds, meter.elapsed()
             learn = sum(seconds[name] for name in ("reference", "loss", "backward", "optimizer"))
             generate, judge = seconds["generate"], seconds["judge"]
             parts = {"step": took, "generate": generate, "judge": judge, "learn": learn, "push": 0}

@@ -26,7 +26,7 @@ import click
 import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, GenerationConfig
 
 import speciarl.core
 from speciarl.core.examples import DataTable, load_examples
@@ -70,9 +70,7 @@ def build_prompts(builder: PromptBuilder, count: int) -> list[Prompt]:
         return [builder.build(examples[i % len(examples)]) for i in range(count)]
 
 
-def native_run(
-    engine: NativeEngine, prompts: Sequence[Prompt], work: Work
-) -> Callable[[int], Run]:
+def native_run(engine: NativeEngine, prompts: Sequence[Prompt], work: Work) -> Callable[[int], Run]:
     """One run: all groups of one step."""
     requests = [Request(p, str(i), tuple(range(work.samples))) for i, p in enumerate(prompts)]
 
@@ -101,18 +99,19 @@ def generate_run(
         **{name: torch.cat([p.images[name] for p in prompts]) for name in prompts[0].images},
     }
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    # Without end tokens generate goes to the limit; the pad id only silences a warning.
-    ends = stops or [-1]
-    options = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0)
-    options |= dict(num_return_sequences=work.samples, max_new_tokens=work.max_new_tokens)
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0,
+        num_return_sequences=work.samples, max_new_tokens=work.max_new_tokens,
+        eos_token_id=stops or None, suppress_tokens=banned,
+    )  # fmt: skip
 
     def run(step: int) -> Run:
         torch.manual_seed(step)
         start = time.perf_counter()
-        out = model.generate(**inputs, **options, eos_token_id=ends, suppress_tokens=banned)
+        out = model.generate(**inputs)
         new = out[:, ids.shape[1] :].cpu()
         seconds = time.perf_counter() - start
-        stopped = torch.isin(new, torch.tensor(ends)).int()
+        stopped = torch.isin(new, torch.tensor(stops)).int()
         after_stop = (stopped.cumsum(1) - stopped) > 0
         return Run(seconds, len(new), int((~after_stop).sum()))
 
@@ -136,8 +135,9 @@ def report(runs: dict[str, list[Run]], work: Work, title: str) -> dict[str, Any]
         tokens = spread([run.tokens / run.seconds for run in done])
         mean = sum(run.tokens for run in done) / sum(run.samples for run in done)
         click.echo(f"{name:20}{samples:>26}{tokens:>34}{mean:16.1f}")
-    ratios = [slow.seconds / fast.seconds for slow, fast in zip(runs["generate"], runs["native"])]
-    click.echo(f"{'samples/s, native / generate':46}{spread(ratios)}")
+    pairs = zip(runs["generate"], runs["native"], strict=True)
+    ratios = [slow.seconds / fast.seconds for slow, fast in pairs]
+    click.echo(f"{'native / generate':20}{spread(ratios):>26}")
     return {
         "title": title,
         "machine": machine,

@@ -45,13 +45,25 @@ class Peer:
 
     def __init__(self, job: dict[str, Any], folder: Path) -> None:
         self.log = folder / "peer.log"
-        kept = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        kept = (
+            "RANK",
+            "WORLD_SIZE",
+            "LOCAL_RANK",
+            "LOCAL_WORLD_SIZE",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+        )
         env = {name: value for name, value in os.environ.items() if name not in kept}
         env |= {"OMP_NUM_THREADS": str(job["threads"]), "PYTHONSAFEPATH": "1"}
         command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("peer_trl.py"))]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=env, text=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=env,
+                text=True,
             )
         self.memory = 0
         self._tell(json.dumps(job))
@@ -118,7 +130,10 @@ def configure(size: str, lora: bool, folder: Path, model: str, image_tokens: int
     """The toy world's preset, changed for the bench, for a random model, and by --set."""
     ours = [f"train.out={folder / 'run'}", "optim.lr=1e-6", f"model.path={model}"]
     if size:
-        ours += [f"data.max_prompt_tokens={2 * image_tokens + 64}", "model.reshard_after_forward=true"]
+        ours += [
+            f"data.max_prompt_tokens={2 * image_tokens + 64}",
+            "model.reshard_after_forward=true",
+        ]
         ours += ["model.checkpoint_activations=true", "model.freeze_vision=true"]
         ours += ["rollout.max_new_tokens=256", "train.token_budget=16384", "evaluation.every=0"]
         ours += ["model.lora_rank=64"] if lora else []

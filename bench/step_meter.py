@@ -28,6 +28,8 @@ class StepRecord:
     """
 
     parts: dict[str, float]
+    cpu: float
+    """Seconds of processor time of all threads: a busy machine changes them less."""
     detail: dict[str, float]
     work: dict[str, int]
     samples: int
@@ -38,12 +40,13 @@ class StepRecord:
 
     @classmethod
     def of(cls, parts: dict[str, float], meter: Meter, **counts: int) -> StepRecord:
-        """A record from all parts but "other", and what the meter saw since the last record."""
+        """A record from all parts but "other", and what the meter saw since `start`."""
+        cpu = time.process_time() - meter.cpu
         seconds, work = meter.take()
         named = {name: parts[name] for name in ("generate", "judge", "learn", "push")}
         step = parts["step"]
         whole = {"step": step, **named, "other": max(0.0, step - sum(named.values()))}
-        return cls(whole, seconds, work, **counts)
+        return cls(whole, cpu, seconds, work, **counts)
 
 
 class Meter:
@@ -52,6 +55,16 @@ class Meter:
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
         self.work: Counter[str] = Counter()
+        self.began = self.cpu = 0.0
+
+    def start(self) -> None:
+        """Begins a step: forgets what was seen and reads the clocks."""
+        self.take()
+        self.began, self.cpu = time.perf_counter(), time.process_time()
+
+    def elapsed(self) -> float:
+        """Wall seconds since `start`."""
+        return time.perf_counter() - self.began
 
     def take(self) -> tuple[dict[str, float], dict[str, int]]:
         """(seconds, amounts) by name since the last call."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -95,12 +94,11 @@ class OwnStep:
 
     def step(self) -> StepRecord:
         """One training step of this rank."""
-        self.meter.take()
-        start = time.perf_counter()
+        self.meter.start()
         self.trainer.step()
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
+        seconds = self.meter.elapsed()
         groups, learned, times = self.trainer.noted
         parts = {name.removeprefix("time/"): value for name, value in times.items()}
         completions = [c for group in groups for c in group.completions]

@@ -31,6 +31,7 @@ def ratios(records: Records) -> dict[str, dict[str, float]]:
     out = {"samples/s": [samples_per_second(a) / samples_per_second(b) for a, b in pairs]}
     for part in ("step", "generate", "learn", "other"):
         out[f"{part} seconds"] = [b.parts[part] / max(a.parts[part], 1e-9) for a, b in pairs]
+    out["processor seconds"] = [b.cpu / a.cpu for a, b in pairs]
     return {
         name: {"median": statistics.median(v), "min": min(v), "max": max(v)}
         for name, v in out.items()
@@ -49,6 +50,7 @@ def _rows(records: Records) -> list[tuple[str, Callable[[StepRecord], float], in
     rows = [(f"{name}, s", part(name), 4) for name in PARTS]
     return [
         *rows,
+        ("processor time, s", lambda r: r.cpu, 4),
         ("samples/s", samples_per_second, 1),
         ("generate, tokens/s", rate("completion_tokens", "generate"), 0),
         ("learn, tokens/s", rate("learn_tokens", "learn"), 0),

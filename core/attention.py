@@ -94,7 +94,8 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, at: Packing, scale: float | None) -
     if "scale" in known:
         causal["scale"] = scale
     cu, longest = at.cu_seqlens, at.longest
-    return varlen_attn(q, k, v, cu, cu, longest, longest, **causal)
+    out: Any = varlen_attn(q, k, v, cu, cu, longest, longest, **causal)
+    return out
 
 
 ROUTES = {"sdpa": _padded, "flash-attn": _flash, "varlen": _varlen}

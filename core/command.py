@@ -44,7 +44,9 @@ def configured(preset: str) -> Callable[[Callable[..., None]], Callable[..., Non
     """Adds --preset, --config, --set, --print-config and --help-config to a command."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        @click.option("--preset", default=preset, show_default=True, help='Named settings; "" none.')
+        @click.option(
+            "--preset", default=preset, show_default=True, help='Named settings; "" none.'
+        )
         @click.option(
             "--config",
             "file",
@@ -73,7 +75,7 @@ def configured(preset: str) -> Callable[[Callable[..., None]], Callable[..., Non
             except SettingsError as error:
                 raise click.ClickException(str(error)) from None
             if print_config:
-                click.echo(to_toml(config, comments=True))
+                click.echo(to_toml(config, comments=True), nl=False)
                 return
             command(config=config, **rest)
 

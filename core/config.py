@@ -62,7 +62,9 @@ class TrainConfig:
         if not self.out:
             raise ValueError("out='': name the run folder")
         if not self.mismatch_limit >= 0:  # nan too
-            raise ValueError(f"mismatch_limit={self.mismatch_limit}: must not be negative; 0 is off")
+            raise ValueError(
+                f"mismatch_limit={self.mismatch_limit}: must not be negative; 0 is off"
+            )
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device={self.device!r}: one of auto, cpu, cuda")
 

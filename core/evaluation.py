@@ -73,7 +73,7 @@ class Predictions:
     def __init__(self, folder: Path, settings: Mapping[str, Any], world: World) -> None:
         self.folder = folder
         self.path = folder / f"predictions.rank{world.rank}.jsonl"
-        world.first(lambda: self._claim(dict(settings)) or True)
+        world.first(lambda: self._claim(dict(settings)))
         self.rows = {row["key"]: row for row in self._read()}
         world.barrier()
 

@@ -76,7 +76,9 @@ def open_data(config: Config, world: World, *, train: bool = True) -> Data:
     )
 
 
-def open_judge(config: JudgeConfig, tables: Mapping[str, DataTable], truths: Sequence[str]) -> Judge:
+def open_judge(
+    config: JudgeConfig, tables: Mapping[str, DataTable], truths: Sequence[str]
+) -> Judge:
     """The judge, checked against every label it will be asked about.
 
     Raises:

@@ -126,7 +126,8 @@ class PackedVLM(nn.Module):
             route=self.route,
             **extra,
         ).last_hidden_state[0]
-        return self.model.lm_head(hidden.index_select(0, batch.rows), batch.targets, **how)
+        head: Any = self.model.lm_head
+        return head(hidden.index_select(0, batch.rows), batch.targets, **how)
 
 
 def _joined(features: Tensor | tuple[Tensor, ...] | list[Tensor]) -> Tensor:
@@ -180,7 +181,8 @@ class Policy:
     def _shard(self, model: Any, *, trainable: bool) -> PackedVLM:
         config, world = self.config, self.world
         model.set_attn_implementation({"text_config": NAME, "vision_config": "sdpa"})
-        head = LogProbHead(*reversed(model.lm_head.weight.shape), bias=False, device="meta")
+        outputs, inputs = model.lm_head.weight.shape
+        head = LogProbHead(inputs, outputs, bias=False, device="meta")
         head.weight = model.lm_head.weight
         model.lm_head = head
         model.requires_grad_(trainable and not config.lora_rank)
@@ -269,7 +271,8 @@ class Policy:
             if name.endswith(".base_layer.weight"):
                 layer = name.removesuffix(".base_layer.weight")
                 a, b = (whole(self._sharded[f"{layer}.lora_{x}.default.weight"]) for x in "AB")
-                weight = weight + self.hf.get_submodule(layer).scaling["default"] * (b @ a)
+                adapted: Any = self.hf.get_submodule(layer)
+                weight = weight + adapted.scaling["default"] * (b @ a)
             yield name.replace(".base_layer", ""), weight.to(self.dtype)
 
     def save_hf(self, folder: Path) -> None:

@@ -59,8 +59,8 @@ class PromptBuilder:
     video placeholders; a sampled one would make the next forward expect pixels that do not exist.
 
     Raises ValueError for an unknown variant, for a chat template that is missing or does not place
-    exactly one image placeholder, and for an image processor without a patch grid; OSError for a folder that
-    is not a checkpoint.
+    exactly one image placeholder, and for an image processor without a patch grid; OSError for a
+    folder that is not a checkpoint.
     """
 
     def __init__(

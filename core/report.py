@@ -63,7 +63,7 @@ class Deferred:
 
 
 def loss_scalars(stats: Scalars) -> Scalars:
-    """Means per token from the sums of `speciarl.kernels.loss.STATS`; a supervised loss has none."""
+    """Means per token from the sums of `kernels.loss.STATS`; a supervised loss has no tokens."""
     if not stats["tokens"]:
         return {"policy/loss": stats["loss"]}
     tokens = stats["tokens"]

@@ -61,7 +61,7 @@ class Supervised(Trainer):
         """Mean cross-entropy over all answer tokens of all ranks; one update."""
         world, parts = self.world, self.parts
         template = self.config.data.answer
-        answers = [parts.builder.completion_ids(template.format(e.truth)) for e in examples]
+        answers = [parts.builder.completion_ids(template.replace("{}", e.truth)) for e in examples]
         lengths = self.prompt_lengths(examples)
         costs = [n + len(ids) - 1 for n, ids in zip(lengths, answers, strict=True)]
         share = 1.0 / sum(len(ids) for ids in answers)

@@ -41,7 +41,5 @@ def main(config: Config, quiet: bool) -> None:
     run_guarded(config, lambda world: train(config, world, quiet=quiet))
 
 
-
-
 if __name__ == "__main__":
     main()

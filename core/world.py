@@ -54,16 +54,16 @@ class World:
         An exception on rank 0 is raised on every rank, so that nobody waits for ever.
         """
         problem: BaseException | None = None
-        result: T | None = None
+        result: list[T] = []
         if self.main:
             try:
-                result = work()
+                result.append(work())
             except Exception as error:
                 problem = error
         problem = next((p for p in self.gather(problem) if p is not None), None)
         if problem is not None:
             raise problem
-        return work() if result is None else result
+        return result[0] if result else work()
 
 
 _HOST_GROUP: list[dist.ProcessGroup] = []

@@ -73,7 +73,9 @@ def _image_features(
     first: dict[int, int] = {}
     owners = [first.setdefault(id(prompt.images[name]), len(first)) for prompt in prompts]
     unique = [prompts[owners.index(number)] for number in range(len(first))]
-    joined = {key: torch.cat([p.images[key] for p in unique]).to(device) for key in unique[0].images}
+    joined = {
+        key: torch.cat([p.images[key] for p in unique]).to(device) for key in unique[0].images
+    }
     output = base.get_image_features(**joined, return_dict=True)
     pooled = _joined(output.pooler_output)
     counts = [int((prompt.input_ids == placeholder).sum()) for prompt in unique]

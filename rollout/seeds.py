@@ -20,9 +20,7 @@ def _key(seed: int, step: int, prompt_key: str, sample_id: int) -> np.ndarray:
     return np.frombuffer(blake2b(name, digest_size=16, person=_PERSON).digest(), dtype="<u8")
 
 
-def uniform_rows(
-    seed: int, step: int, names: Sequence[tuple[str, int]], count: int
-) -> np.ndarray:
+def uniform_rows(seed: int, step: int, names: Sequence[tuple[str, int]], count: int) -> np.ndarray:
     """Uniform numbers of many samples, one row each.
 
     Args:

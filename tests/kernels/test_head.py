@@ -101,7 +101,7 @@ def test_products_and_sums_are_fp32(dtype: torch.dtype) -> None:
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logp, entropy = linear_logprob(hidden, weight, targets, return_entropy=True, chunk=37)
-    grads = torch.autograd.grad(logp, (hidden, weight), upstream)
+        grads = torch.autograd.grad(logp, (hidden, weight), upstream)
     assert logp.dtype == entropy.dtype == torch.float32
     torch.testing.assert_close(logp.double(), expected, rtol=0, atol=2e-5)
     torch.testing.assert_close(entropy.double(), expected_entropy, rtol=0, atol=2e-5)

@@ -81,7 +81,9 @@ def test_greedy_takes_the_best_allowed_at_temperature_one() -> None:
 
 def test_ties_at_the_cut_stay() -> None:
     weights = torch.tensor([[0.1, 0.3, 0.3, 0.2, 0.1]]).double()
-    assert truncate(weights, Sampling(top_k=1)).ne(0).tolist() == [[False, True, True, False, False]]
+    assert truncate(weights, Sampling(top_k=1)).ne(0).tolist() == [
+        [False, True, True, False, False]
+    ]
     assert truncate(weights, Sampling(top_p=0.2)).ne(0).sum() == 2
     assert truncate(weights, Sampling(top_p=0.61)).ne(0).sum() == 3
     assert truncate(weights, Sampling(top_p=0.81)).ne(0).all()

@@ -35,15 +35,14 @@ TEMPERATURE = 0.9
 LIMIT = 16
 
 MIXED = (
-    (W, G, S, S_MINUS),
-    (W, W, W, W),  # no signal
-    (S_PLUS, FORMAT, ABSENT, W),
-    (ABSENT, ABSENT, ABSENT, ABSENT),
-    (A, W, FORMAT, FORMAT),
-    (G, S_MINUS, S_MINUS, W),
+    (W, G, S),
+    (W, W, W),  # no signal
+    (S_PLUS, FORMAT, ABSENT),
+    (ABSENT, ABSENT, ABSENT),
+    (A, S_MINUS, W),
 )
 # Two sequences to learn from: with four ranks, two of them have nothing but fillers.
-SPARSE = ((W, W, W, W), (W, S, ABSENT, ABSENT), (G, G, G, G))
+SPARSE = ((W, W, W), (W, S, ABSENT), (G, G, G))
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ CASES = {
     "tied": Case(
         ObjectiveConfig("dapo", entropy_coef=0.01, importance_cap=1.2, dynamic_sampling=False),
         kind="tied",
-        rule="speciarl",
+        rule="static-binary",
         model={"checkpoint_activations": True},
     ),
     "lora": Case(KL, model={"lora_rank": 4, "lora_alpha": 8.0}),
@@ -243,9 +242,7 @@ def main() -> None:
     models, pictures, out = (Path(word) for word in sys.argv[1:4])
     for size in map(int, sys.argv[4:]):
         arguments = (size, free_port(), models, pictures, out)
-        torch.multiprocessing.start_processes(
-            run_rank, arguments, nprocs=size, start_method="fork"
-        )
+        torch.multiprocessing.start_processes(run_rank, arguments, nprocs=size, start_method="fork")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def sharpen(model: nn.Module) -> None:
     """
     for parameter in model.parameters():
         if parameter.ndim >= 2:
-            parameter.mul_(2.5)
+            parameter.mul_(2.0)
         else:
             parameter.add_(0.1 * torch.randn_like(parameter))
 
@@ -143,9 +143,7 @@ class Tiny:
         return AutoModelForImageTextToText.from_pretrained(self.folder, dtype=dtype)
 
 
-def plain_table(
-    model: Any, item: Item, banned: Sequence[int], temperature: float = 1.0
-) -> Tensor:
+def plain_table(model: Any, item: Item, banned: Sequence[int], temperature: float = 1.0) -> Tensor:
     """[completion, V] log-probs by transformers' own unpacked forward over the whole sequence."""
     ids = torch.cat([item.prompt.input_ids, torch.tensor(item.ids)])[None]
     images = dict(item.prompt.images)
