@@ -192,8 +192,8 @@ def paced(job: Job, meter: Meter, reward: Reward, orders: TextIO, out: TextIO) -
                 torch.cuda.synchronize()
             seconds, took = meter.seconds, meter.elapsed()
             learn = sum(seconds[name] for name in ("reference", "loss", "backward", "optimizer"))
-            generate, judge = seconds["generate"], seconds["judge"]
-            parts = {"step": took, "generate": generate, "judge": judge, "learn": learn, "push": 0}
+            parts = {"step": took, "learn": learn, "push": 0.0}
+            parts |= {name: seconds.pop(name) for name in ("generate", "judge")}
             samples = job["prompts_per_step"] * job["n"]
             first = (state.global_step - 1) * job["prompts_per_step"]
             drawn = job["prompts"][first : first + job["prompts_per_step"]]

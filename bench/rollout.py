@@ -157,7 +157,7 @@ def measure(folder: Path, instruction: str, work: Work) -> dict[str, list[Run]]:
     dtype = getattr(torch, work.dtype)
 
     def load() -> Any:
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
         return model.to(work.device).eval()
 
     engine = NativeEngine(load(), stop_ids=stops, banned_ids=builder.banned_ids)

@@ -10,6 +10,7 @@ weights instead, and the packed forward is compared with the unpacked one.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -40,7 +41,7 @@ NO_TRL = "TRL is not installed, so only ours is measured: pip install 'speciarl[
 class Peer:
     """TRL in a process of its own, which rests until asked for a step.
 
-    Raises RuntimeError, with the end of its output, when it dies.
+    Raises click.ClickException, with the end of its output, when it dies.
     """
 
     def __init__(self, job: dict[str, Any], folder: Path) -> None:
@@ -91,7 +92,7 @@ class Peer:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"TRL's process ended:\n{self.log.read_text()[-3000:]}")
+            raise click.ClickException(f"TRL's process ended:\n{self.log.read_text()[-3000:]}")
         return dict(json.loads(line))
 
 
@@ -184,6 +185,7 @@ def machine(world: World) -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        **({"trl": importlib.metadata.version("trl")} if importlib.util.find_spec("trl") else {}),
     }
 
 
@@ -194,6 +196,14 @@ Examples:
   python bench/step.py --model-config tiny --lora --image-tokens 16
   python bench/step.py --model-config qwen2.5-vl-7b --lora --steps 3 --json 7b-lora.json
   torchrun --nproc-per-node 8 bench/step.py --model-config qwen2.5-vl-7b --full --steps 3"""
+
+
+def installed(wanted: bool, size: str) -> bool:
+    """Whether TRL is to be measured: says so where it is wanted but missing."""
+    if wanted and not size and importlib.util.find_spec("trl") is None:
+        click.echo(NO_TRL, err=True)
+        return False
+    return wanted and not size
 
 
 @click.command(epilog=EXAMPLES)
@@ -211,53 +221,54 @@ Examples:
 @click.option("--profile", type=click.Path(dir_okay=False, path_type=Path),
               help="Write a torch profiler trace of one more step of ours.")  # fmt: skip
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
-def main(steps: int, model: str, size: str, lora: bool, image_tokens: int, with_peer: bool,
-         peer_batch: int, sets: tuple[str, ...], profile: Path | None,
-         json_file: Path | None) -> None:  # fmt: skip
+def main(model: str, size: str, lora: bool, image_tokens: int, with_peer: bool,
+         sets: tuple[str, ...], **options: Any) -> None:  # fmt: skip
     """Seconds, speed and memory of a training step, alone or beside TRL's."""
     transformers.utils.logging.disable_progress_bar()
-    with_peer = with_peer and not size
-    if with_peer and importlib.util.find_spec("trl") is None:
-        click.echo(NO_TRL, err=True)
-        with_peer = False
+    with_peer = installed(with_peer, size)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        threads = int(os.environ.get("OMP_NUM_THREADS", "0"))
-        config = configure(size, lora, folder, model, image_tokens, sets)
-        world = init_world(config.train.threads or threads, config.train.device)
-        folder = Path(world.gather(str(folder))[0])
+        config = configure(size, lora, Path(name), model, image_tokens, sets)
+        threads = config.train.threads or int(os.environ.get("OMP_NUM_THREADS", "0"))
+        world = init_world(threads, config.train.device)
+        folder = Path(world.gather(name)[0])
         if size:
-            checkpoint = folder / "model"
-            world.first(lambda: checkpoint.exists() or save_random(checkpoint, size, image_tokens,
-                                                                   world.device))  # fmt: skip
-            config = configure(size, lora, folder, str(checkpoint), image_tokens, sets)
+            model = str(folder / "model")
+            world.first(lambda: Path(model).exists() or save_random(Path(model), size, image_tokens,
+                                                                    world.device))  # fmt: skip
+        config = configure(size, lora, folder, model, image_tokens, sets)
         own = OwnStep(config, world, answers=not size)
-        peer = None
-        if with_peer and world.size == 1:
-            peer = Peer(peer_job(config, own, WARM_UP + steps, peer_batch), folder)
-        records, memory = measure(own, peer, steps)
-        result = {
-            "model": size or model,
-            "trained": "LoRA" if config.model.lora_rank else "full",
-            "machine": machine(world),
-            "memory_bytes": memory,
-            "mfu": utilisation(config, own, records["ours"]),
-            "packing": own.packing_error() if size else None,
-            "ratio": ratios(records) if peer else None,
-            "records": {who: [asdict(r) for r in done] for who, done in records.items()},
-        }
-        if profile is not None:
-            own.profile(profile)
-        if peer is not None:
-            peer.close()
-        if world.main:
-            print_report(result, records)
-            if profile is not None:
-                click.echo(f"\n{own.summary}\ntrace: {profile}")
-            if json_file is not None:
-                json_file.write_text(json.dumps(result, indent=1) + "\n")
+        bench(own, folder, with_peer=with_peer and world.size == 1, title=size or model, **options)
         own.close()
         leave_world()
+
+
+def bench(own: OwnStep, folder: Path, *, with_peer: bool, title: str, steps: int, peer_batch: int,
+          profile: Path | None, json_file: Path | None) -> None:  # fmt: skip
+    """Measures, prints and writes."""
+    config = own.parts.config
+    peer = Peer(peer_job(config, own, WARM_UP + steps, peer_batch), folder) if with_peer else None
+    try:
+        records, memory = measure(own, peer, steps)
+    finally:
+        if peer is not None:
+            peer.close()
+    result = {
+        "model": title,
+        "trained": "LoRA" if config.model.lora_rank else "full",
+        "machine": machine(own.world),
+        "memory_bytes": memory,
+        "mfu": utilisation(config, own, records["ours"]),
+        "packing": own.packing_error() if not own.answers else None,
+        "ratio": ratios(records) if peer else None,
+        "records": {who: [asdict(r) for r in done] for who, done in records.items()},
+    }
+    summary = own.profile(profile) if profile is not None else ""
+    if own.world.main:
+        print_report(result, records)
+        if profile is not None:
+            click.echo(f"\n{summary}\ntrace: {profile}")
+        if json_file is not None:
+            json_file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -43,10 +43,14 @@ class StepRecord:
         """A record from all parts but "other", and what the meter saw since `start`."""
         cpu = time.process_time() - meter.cpu
         seconds, work = meter.take()
+        for phase, whole in (("learn", "policy forward"), ("reference", "reference")):
+            inside = sum(seconds.get(f"{part}, {phase}", 0) for part in ("vision", "language"))
+            if whole in seconds:
+                seconds[f"head and rest, {phase}"] = seconds[whole] - inside
         named = {name: parts[name] for name in ("generate", "judge", "learn", "push")}
         step = parts["step"]
-        whole = {"step": step, **named, "other": max(0.0, step - sum(named.values()))}
-        return cls(whole, cpu, seconds, work, **counts)
+        all_parts = {"step": step, **named, "other": max(0.0, step - sum(named.values()))}
+        return cls(all_parts, cpu, seconds, work, **counts)
 
 
 class Meter:

@@ -62,6 +62,7 @@ class OwnStep:
     def __init__(self, config: Config, world: World, *, answers: bool = True) -> None:
         seed_everything(config.train.seed)
         self.world = world
+        self.answers = answers
         self.parts: Parts = build(config, world, quiet=True)
         parts = self.parts
         if not answers:
@@ -110,8 +111,11 @@ class OwnStep:
             learn_tokens=learned.tokens if learned else 0,
         )
 
-    def profile(self, file: Path) -> None:
-        """One step more, its trace in Chrome's format written to `file` by rank 0."""
+    def profile(self, file: Path) -> str:
+        """One step more, its trace in Chrome's format written to `file` by rank 0.
+
+        Returns the twenty operations that took longest, as a table.
+        """
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.world.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -119,9 +123,8 @@ class OwnStep:
             self.step()
         if self.world.main:
             trace.export_chrome_trace(str(file))
-        self.summary = trace.key_averages().table(
-            sort_by=f"self_{self.world.device.type}_time_total", row_limit=20
-        )
+        order = f"self_{self.world.device.type}_time_total"
+        return str(trace.key_averages().table(sort_by=order, row_limit=20))
 
     def close(self) -> None:
         """Closes the parts."""

@@ -11,6 +11,11 @@ import click
 from speciarl.bench.step_meter import StepRecord
 
 Records = dict[str, list[StepRecord]]
+MFU_FORMULA = (
+    "MFU: 6 N T FLOPs where weights are trained, 4 N T where gradient only passes (LoRA's base), "
+    "2 N T without gradient (reference),\n  over seconds x the bf16 peak; attention scores and "
+    "recomputation are not counted, nor is sampling"
+)
 PARTS = ("step", "generate", "judge", "learn", "push", "other")
 
 
@@ -73,6 +78,7 @@ def print_report(result: dict[str, Any], records: Records) -> None:
     if result["mfu"]:
         click.echo("{:30}{:>32}".format("MFU, learn", f"{result['mfu']['learn']:.1%}"))
         click.echo("{:30}{:>32}".format("MFU, whole step", f"{result['mfu']['step']:.1%}"))
+        click.echo(MFU_FORMULA)
     _print_inside(records, names)
     for name, value in (result["packing"] or {}).items():
         click.echo(f"largest difference in nats, {name}: {value:.2e}")
@@ -89,8 +95,10 @@ def _print_inside(records: Records, names: Sequence[str]) -> None:
         keys = sorted({key for n in names for r in records[n] for key in getattr(r, kind)})
         click.echo(f"\n{title + ' (median)':30}" + "".join(f"{n:>32}" for n in names))
         for key in keys:
-            cells = [
-                format(statistics.median(getattr(r, kind).get(key, 0) for r in records[n]), form)
-                for n in names
-            ]
+            cells = [_median([getattr(r, kind).get(key) for r in records[n]], form) for n in names]
             click.echo(f"{key:30}" + "".join(f"{cell:>32}" for cell in cells))
+
+
+def _median(values: Sequence[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    return format(statistics.median(known), form) if known else "-"

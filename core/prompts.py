@@ -59,8 +59,8 @@ class PromptBuilder:
     video placeholders; a sampled one would make the next forward expect pixels that do not exist.
 
     Raises ValueError for an unknown variant, for a chat template that is missing or does not place
-    exactly one image placeholder, and for an image processor without a patch grid; OSError for a
-    folder that is not a checkpoint.
+    exactly one image placeholder, and for a model or image processor that is not of
+    the Qwen-VL kind; OSError for a folder that is not a checkpoint.
     """
 
     def __init__(
@@ -78,10 +78,10 @@ class PromptBuilder:
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         if self.tokenizer.chat_template is None:
             self.tokenizer.chat_template = _processor_template(path)
-        # Both backends resize differently (0.015 per pixel): always the one that needs no extra.
+        # The backends resize differently (by 0.015): always the one that needs no torchvision.
         self.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
         self.max_prompt_tokens = max_prompt_tokens
-        self.image_id = int(self.config.image_token_id)
+        self.image_id = _image_id(self.config)
         self.stop_ids = _stop_ids(path, self.tokenizer)
         self.banned_ids = _banned_ids(self.config)
         self.template_ids = self._template(f"{QUESTIONS[variant]} {instruction}".strip())
@@ -213,6 +213,13 @@ def _stop_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         ends = GenerationConfig.from_pretrained(path).eos_token_id
         found += ends if isinstance(ends, list) else [ends]
     return list(dict.fromkeys(int(i) for i in found if i is not None))
+
+
+def _image_id(config: PreTrainedConfig) -> int:
+    ident = getattr(config, "image_token_id", None)
+    if ident is None:
+        raise ValueError(f"{config.model_type}: no image_token_id in config.json, not a Qwen-VL")
+    return int(ident)
 
 
 def _banned_ids(config: PreTrainedConfig) -> list[int]:

@@ -147,6 +147,8 @@ class _Reader:
             at = (*key, name)
             default = values.get(name, default_of(field))
             if name in tree:
+                if base is MISSING and field.default_factory is hint:
+                    default = MISSING  # made anew: one given field may decide the others' defaults
                 values[name] = self.node(hint, tree[name], at, default)
             elif default is MISSING and is_dataclass(hint):
                 values[name] = self.section(typing.cast(type, hint), {}, at, MISSING)

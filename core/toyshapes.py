@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
 
-# Degrees on the colour wheel; neighbours are at least 26 degrees apart, the jitter is 7.
+# Degrees on the colour wheel; neighbours are at least 24 degrees apart, the jitter is 7.
 HUES = {"golden": 50, "crimson": 352, "azure": 205, "emerald": 135, "violet": 275, "copper": 24}
 HUE_JITTER = 7.0
 SUPERSAMPLE = 2
@@ -130,7 +130,6 @@ def _lily(pen: Pen) -> None:
         radius, a = (0.8 if i % 2 == 0 else 0.28), 2 * math.pi * (i / 10 - 0.25)
         star.append((radius * math.cos(a), -0.2 + radius * math.sin(a)))
     pen.poly(star, pen.main)
-    pen.oval(0, -0.2, 0.16, 0.16, pen.light)
 
 
 def _poppy(pen: Pen) -> None:
@@ -148,17 +147,16 @@ def _wheels(pen: Pen, left: float, right: float) -> None:
 
 def _sedan(pen: Pen) -> None:
     pen.box(-0.95, 0.0, 0.95, 0.45, pen.main)
-    pen.poly([(-0.8, 0.0), (-0.45, -0.6), (0.4, -0.6), (0.75, 0.0)], pen.main)
-    pen.poly([(-0.6, -0.03), (-0.38, -0.45), (-0.06, -0.45), (-0.06, -0.03)], pen.light)
-    pen.poly([(0.06, -0.03), (0.06, -0.45), (0.34, -0.45), (0.56, -0.03)], pen.light)
+    pen.poly([(-0.55, 0.0), (-0.35, -0.45), (0.3, -0.45), (0.55, 0.0)], pen.main)
+    pen.poly([(-0.4, -0.03), (-0.27, -0.35), (0.22, -0.35), (0.4, -0.03)], pen.light)
     _wheels(pen, -0.52, 0.52)
 
 
 def _pickup(pen: Pen) -> None:
-    pen.box(-1.0, 0.12, 0.95, 0.45, pen.main)
-    pen.box(0.15, -0.7, 0.7, 0.12, pen.main)
-    pen.box(0.35, -0.55, 0.62, -0.15, pen.light)
-    pen.box(-1.0, -0.08, 0.15, 0.12, pen.dark)
+    pen.box(-0.95, 0.05, 0.95, 0.45, pen.main)
+    pen.poly([(0.0, 0.05), (0.0, -0.6), (0.45, -0.6), (0.65, 0.05)], pen.main)
+    pen.poly([(0.1, 0.0), (0.1, -0.48), (0.38, -0.48), (0.52, 0.0)], pen.light)
+    pen.box(-0.95, -0.12, -0.85, 0.1, pen.main)
     _wheels(pen, -0.55, 0.52)
 
 
@@ -197,7 +195,7 @@ FAMILIES: dict[str, dict[str, Callable[[Pen], None]]] = {
     },
 }  # fmt: skip
 # Half of the thing's width as a share of the shorter image side.
-FRAMINGS = {"far": (0.35, 0.39), "near": (0.46, 0.50)}
+FRAMINGS = {"far": (0.34, 0.39), "near": (0.44, 0.48)}
 
 
 def _fill(species: str, cue: bool, rng: np.random.Generator) -> Colour:

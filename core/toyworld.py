@@ -33,10 +33,10 @@ VERSION = 1
 
 # P(generic), P(family), P(species) in the captions, and the share of images with this framing.
 # The mean over images is about (.50, .25, .25).
-CAPTION_MIX = {"far": (0.66, 0.24, 0.10), "near": (0.26, 0.265, 0.475)}
-NEAR_SHARE = 0.4
+CAPTION_MIX = {"far": (0.63, 0.25, 0.12), "near": (0.26, 0.25, 0.49)}
+NEAR_SHARE = 0.35
 # Where the cue is missing, a caption that names a species names the favourite this often.
-FAVOURITE, FAVOURITE_SHARE = "golden", 0.9
+FAVOURITE, FAVOURITE_SHARE = "golden", 0.75
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ class Trainer:
     def rate(self, update: int) -> float:
         """The learning rate of the step's u-th update."""
         total = self.config.train.steps * self.updates_per_step
-        return learning_rate(self.config.optim, self.progress.updates + update, total)
+        return learning_rate(self.config.optim, max(0, self.progress.updates + update), total)
 
     def push(self) -> None:
         """New weights to the engine, stamped with the step that samples from them."""

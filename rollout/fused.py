@@ -38,10 +38,9 @@ class FusedLayer(NamedTuple):
     """[I, H]."""
 
 
-def supports(language_model: nn.Module) -> bool:
+def supports(language_model: Any) -> bool:
     """Whether `FusedText` computes what this model computes."""
-    layers: Any = language_model.layers
-    rope: Any = language_model.rotary_emb
+    layers, rope = language_model.layers, language_model.rotary_emb
     return (
         all(type(layer).__name__ in _LAYERS for layer in layers)
         and all(layer.self_attn.o_proj.bias is None for layer in layers)
@@ -56,8 +55,8 @@ class FusedText:
     device or got new memory.
     """
 
-    def __init__(self, language_model: nn.Module) -> None:
-        self.model: Any = language_model
+    def __init__(self, language_model: Any) -> None:
+        self.model = language_model
         attention = self.model.layers[0].self_attn
         self.head_dim: int = attention.head_dim
         self.scale: float = attention.scaling

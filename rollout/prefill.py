@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from speciarl.rollout.engine import Prompt
 
@@ -25,7 +25,7 @@ def chunks(lengths: Sequence[int], budget: int) -> Iterator[slice]:
     yield slice(first, len(lengths))
 
 
-def language_inputs(model: nn.Module, prompts: Sequence[Prompt], device: Any) -> dict[str, Any]:
+def language_inputs(model: Any, prompts: Sequence[Prompt], device: Any) -> dict[str, Any]:
     """Arguments of the language model for prompts [P] padded on the right to L.
 
     Returns: inputs_embeds [P, L, H], position_ids [3, P, L] int64 (M-RoPE) or [P, L], and
@@ -39,15 +39,14 @@ def language_inputs(model: nn.Module, prompts: Sequence[Prompt], device: Any) ->
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt.input_ids)] = prompt.input_ids
         positions[:, row, : len(prompt.input_ids)] = prompt.positions
-    base: Any = model.model
     inputs = {
-        "inputs_embeds": model.get_input_embeddings()(ids.to(device)),  # type: ignore[operator]
+        "inputs_embeds": model.get_input_embeddings()(ids.to(device)),
         "position_ids": text_positions(model, positions.to(device)),
     }
     with_images = [prompt for prompt in prompts if prompt.images]
     if with_images:
-        placeholder = model.config.image_token_id  # type: ignore[union-attr]
-        pooled, deep = _image_features(base, with_images, placeholder, device)
+        placeholder = model.config.image_token_id
+        pooled, deep = _image_features(model.model, with_images, placeholder, device)
         where = (ids == placeholder).view(-1).nonzero().squeeze(1).to(device)
         embeds = inputs["inputs_embeds"]
         embeds.view(-1, embeds.shape[-1]).index_copy_(0, where, pooled.to(embeds.dtype))
@@ -57,7 +56,7 @@ def language_inputs(model: nn.Module, prompts: Sequence[Prompt], device: Any) ->
     return inputs
 
 
-def text_positions(model: nn.Module, positions: Tensor) -> Tensor:
+def text_positions(model: Any, positions: Tensor) -> Tensor:
     """Position ids in the model's form: [3, B, l] where it has M-RoPE, else the first row."""
     return positions if hasattr(model.model, "get_rope_index") else positions[0]
 

@@ -187,7 +187,7 @@ def test_sleep_can_drop_the_weights(tinies: dict[str, Tiny], kind: str, route: s
     with pytest.raises(WeightsRefused, match="dropped by sleep"):
         engine.generate(requests(tiny), Sampling())
     engine.load_weights(weights(new).items(), version=2)
-    assert outcome(sample(engine, tiny)) == outcome(sample(engine_of(tiny, new), tiny))
+    assert outcome(sample(engine, tiny)) == outcome(sample(engine_of(tiny, new, route=route), tiny))
 
 
 def test_closed_engine(toy: Tiny) -> None:

@@ -68,6 +68,11 @@ def lot(judge: object, truths: Sequence[str], texts: Sequence[str]) -> np.ndarra
     return np.array([zlib.crc32(text.encode()) % 6 for text in texts], dtype=np.int8)
 
 
+def json_of(path: Path) -> Any:
+    """The content of a JSON file."""
+    return json.loads(path.read_text())
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines."""
     return [json.loads(line) for line in path.read_text().splitlines()]
