@@ -2,6 +2,7 @@
 #   make demo     train the toy world on this machine (ARGS="--set train.steps=20" is passed on)
 #   make test     lint, types and tests               (ARGS="tests/judge -k plural" is passed on)
 #   make lint     lint and types
+#   make toybase  train the demo's base policy again
 #   make venv     only the environment
 #   make clean    remove what these commands made; data/ and runs/ stay
 
@@ -21,14 +22,20 @@ QUICK := --no-deps --timeout 10 --retries 1
 # Without it Python puts the script's folder first on its path, here core/ or bench/.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help venv demo test lint clean
+.PHONY: help venv demo toybase test lint clean
 help:
-	@sed -n '1,6s/^# \{0,1\}//p' Makefile
+	@sed -n '1,7s/^# \{0,1\}//p' Makefile
 
 venv: $(VENV)/.installed
 
 demo: venv
 	$(BIN)/torchrun --standalone --nproc-per-node 1 core/train.py $(ARGS)
+
+# The packaged base policy again, from random weights; its conditions are checked at the end.
+toybase: venv
+	$(BIN)/speciarl data toymodel --out runs/toyinit
+	$(BIN)/torchrun --standalone --nproc-per-node 1 core/sft.py --preset toybase
+	$(BIN)/python bench/base.py --model runs/toybase/model
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(ARGS)

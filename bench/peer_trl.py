@@ -193,7 +193,7 @@ def paced(job: Job, meter: Meter, reward: Reward, orders: TextIO, out: TextIO) -
             seconds, took = meter.seconds, meter.elapsed()
             learn = sum(seconds[name] for name in ("reference", "loss", "backward", "optimizer"))
             parts = {"step": took, "learn": learn, "push": 0.0}
-            parts |= {name: seconds.pop(name) for name in ("generate", "judge")}
+            parts |= {name: seconds.pop(name, 0.0) for name in ("generate", "judge")}
             samples = job["prompts_per_step"] * job["n"]
             first = (state.global_step - 1) * job["prompts_per_step"]
             drawn = job["prompts"][first : first + job["prompts_per_step"]]

@@ -62,7 +62,7 @@ def random_config(size: str) -> Qwen2_5_VLConfig:
     if size not in SIZES:
         raise ValueError(f"model size {size!r}: one of {', '.join(SIZES)}")
     wanted = SIZES[size]
-    toy = toy_config(toy_tokenizer())
+    toy: Any = toy_config(toy_tokenizer())
     half = wanted["text"]["hidden_size"] // wanted["text"]["num_attention_heads"] // 2
     text = dict(
         wanted["text"], max_position_embeddings=128000, rms_norm_eps=1e-6,
@@ -94,8 +94,7 @@ def save_random(folder: Path, size: str, image_tokens: int, device: torch.device
     with torch.random.fork_rng(), device:
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(random_config(size), dtype=dtype)
-    ends = toy_config(toy_tokenizer()).text_config.eos_token_id
-    model.generation_config.eos_token_id = ends
+    model.generation_config.eos_token_id = model.config.text_config.eos_token_id
     model.save_pretrained(folder, max_shard_size="4GB")
     file = folder / "preprocessor_config.json"
     processor = json.loads(file.read_text())

@@ -186,7 +186,8 @@ def main(
         console.print(f"{rule}: " + ", ".join(f"{k} {_short(v)}" for k, v in claim.items()))
     if report:
         record = {
-            "command": "python bench/rewards.py " + " ".join(sys.argv[1:]),
+            "command": f"python bench/rewards.py --rules {rules} --seeds {seeds} --steps {steps}"
+            + "".join(f" --set {setting}" for setting in sets),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "steps": steps,

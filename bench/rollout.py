@@ -176,6 +176,7 @@ def measure(folder: Path, instruction: str, work: Work) -> dict[str, list[Run]]:
 
 @click.command()
 @click.option("--model", "folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--instruction", default=TOY_INSTRUCTION, show_default=True, help="In the prompt.")
 @click.option("--prompts", default=16, show_default=True)
 @click.option("--samples", default=10, show_default=True, help="Completions of each prompt.")
 @click.option("--max-new-tokens", default=32, show_default=True)
@@ -184,7 +185,7 @@ def measure(folder: Path, instruction: str, work: Work) -> dict[str, list[Run]]:
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
-def main(folder: Path | None, json_file: Path | None, **options: Any) -> None:
+def main(folder: Path | None, instruction: str, json_file: Path | None, **options: Any) -> None:
     """Samples per second of the native engine and of generate, side by side."""
     transformers.utils.logging.disable_progress_bar()
     work = Work(**options)
@@ -195,7 +196,6 @@ def main(folder: Path | None, json_file: Path | None, **options: Any) -> None:
         elif folder is None:
             folder = save_toymodel(Path(stack.enter_context(tempfile.TemporaryDirectory())))
             title = "toy model, random weights"
-        instruction = TOY_INSTRUCTION if title.startswith("toy") else ""
         result = report(measure(folder, instruction, work), work, title)
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1) + "\n")

@@ -145,7 +145,7 @@ def measure(
     own: OwnStep, peer: Peer | None, steps: int
 ) -> tuple[dict[str, list[StepRecord]], dict[str, int]]:
     """Records of `steps` steps of each after the warm-up, in turns; and peak bytes of each."""
-    records: dict[str, list[StepRecord]] = {"ours": []} | ({"TRL": []} if peer else {})
+    records: dict[str, list[StepRecord]] = {name: [] for name in ("ours", "TRL")[: 1 + bool(peer)]}
     for index in range(WARM_UP + steps):
         if index == WARM_UP and own.world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()

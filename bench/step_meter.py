@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import resource
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -57,8 +57,8 @@ class Meter:
     """Collects seconds and amounts until they are taken."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
-        self.work: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.work: dict[str, int] = defaultdict(int)
         self.began = self.cpu = 0.0
 
     def start(self) -> None:

@@ -88,6 +88,23 @@ def toyworld(out: Path) -> None:
         raise click.ClickException(str(error)) from None
 
 
+@data.command()
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--seed", default=0, show_default=True, help="Of the weights.")
+def toymodel(out: Path, seed: int) -> None:
+    """Write an untrained toy model.
+
+    A tiny Qwen2.5-VL with tokenizer and image processor, in the Hugging Face layout.
+
+    \b
+    Example:
+      speciarl data toymodel --out runs/toyinit
+    """
+    from speciarl.core.toymodel import save_toymodel
+
+    click.echo(save_toymodel(out, seed))
+
+
 @main.group()
 def judge() -> None:
     """Ask a judge."""

@@ -61,7 +61,7 @@ def evaluate_model(config: Config, world: World, out: Path) -> Report:
     finally:
         collector.close()
         engine.close()
-    result = report_of(rows)
+    result = report_of(rows, skipped)
     if world.main:
         write_metrics(out, result, skipped)
         show(result, skipped, out)

@@ -155,7 +155,7 @@ class Parts:
             self.world,
             Predictions(folder, {"step": step, "k": config.k}, self.world),
         )
-        result = report_of(rows)
+        result = report_of(rows, skipped)
         if self.world.main:
             write_metrics(folder, result, skipped)
         return result
@@ -176,10 +176,14 @@ class Parts:
         self.monitor.close()
 
 
-def report_of(rows: Sequence[Mapping[str, Any]]) -> Report:
+def report_of(rows: Sequence[Mapping[str, Any]], skipped: Mapping[str, str]) -> Report:
     """Metrics of prediction rows; of several answers to an image, the best counts."""
     if not rows:
-        raise ValueError("nothing to evaluate: no [data.eval] table has a usable image")
+        reason = next(iter(skipped.values()), "")
+        raise ValueError(
+            "nothing to evaluate: no [data.eval] table has a usable image"
+            f"{'; one skipped: ' + reason if reason else ''}"
+        )
     codes = best_of_k(np.array([row["codes"] for row in rows], dtype=np.int8))
     return report(codes, [row["dataset"] for row in rows], [row["domain"] for row in rows])
 
@@ -199,29 +203,30 @@ def export_model(policy: Policy, builder: PromptBuilder, folder: Path, world: Wo
 
 
 def build(
-    config: Config, world: World, *, reference: bool | None = None, quiet: bool = False
+    config: Config, world: World, *, supervised: bool = False, quiet: bool = False
 ) -> Parts:
     """All parts of a training run. Fails before loading weights where the input is wrong.
 
     Args:
-        reference: hold a frozen reference; None: where the objective has a KL term.
+        supervised: training labels are taught, not judged, and no reference policy is held.
     """
-    if reference is None:
-        reference = bool(config.objective.kl_coef)
     out = Path(config.train.out)
     if out.is_file():
         raise FileExistsError(f"train.out={config.train.out!r} is a file, not a run folder")
     check_shared(out)
     data = open_data(config, world)
     every = {**config.data.train, **{f"eval.{k}": v for k, v in config.data.eval.items()}}
-    truths = [e.truth for part in (data.train, *data.eval.values()) for e in part]
+    asked = data.eval.values() if supervised else (data.train, *data.eval.values())
+    truths = [example.truth for part in asked for example in part]
     judge = open_judge(config.judge, every, truths)
-    kind = config.evaluation.judge
-    examiner = judge if kind.kind == "same" else open_judge(kind, every, truths)
+    apart = config.evaluation.judge.kind != "same"
+    kind = config.evaluation.judge if apart else config.judge
+    examiner = open_judge(kind, every, truths) if apart else judge
     batch = config.train.prompts if config.data.drop_last else 1
     stream = PromptStream(data.train, data.store, world, config.train.seed, batch)
     stream.require(config.train.prompts)
     banned = tuple(data.builder.banned_ids)
+    reference = bool(config.objective.kl_coef) and not supervised
     policy = Policy(config.model, world, banned, reference=reference)
     optimizer = Optimizer(config.optim, policy.parameters())
     learner = Learner(
@@ -246,7 +251,7 @@ def build(
         learner=learner,
         engine=engine,
         collector=Collector(engine, judge, data.builder, config.judge.workers),
-        evaluator=Collector(engine, examiner, data.builder, config.judge.workers),
+        evaluator=Collector(engine, examiner, data.builder, kind.workers),
         stream=stream,
         store=store,
         monitor=open_monitor(config, world, store, quiet=quiet),

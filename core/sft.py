@@ -19,7 +19,7 @@ def sft(config: Config, world: World, *, quiet: bool = False) -> Path:
     from speciarl.core.trainer import seed_everything
 
     seed_everything(config.train.seed)
-    parts = build(config, world, reference=False, quiet=quiet)
+    parts = build(config, world, supervised=True, quiet=quiet)
     try:
         Supervised(config, world, parts).run()
         folder = parts.export()

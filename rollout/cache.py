@@ -81,13 +81,15 @@ class Layer:
         wide[:, :, : self.own.shape[2]] = self.own
         self.own = wide
 
-    def keep(self, prompts: Tensor | None, length: int, source: Tensor, used: int) -> None:
+    def select(self, prompts: Tensor | None, length: int, source: Tensor, used: int) -> None:
         """Keep these prompts (None: all), cut to `length`; slot i takes slot source[i]'s tokens."""
         if prompts is not None:
             self.prompt = self.prompt[:, :, :, :length].index_select(1, prompts)
-        # In place: the selection is a copy, so writing it back is safe.
-        self.own[:, : len(source), :used] = self.own[:, :, :used].index_select(1, source)
+        taken = self.own[:, :, :used].index_select(1, source)
+        if len(source) > self.own.shape[1]:
+            self.open(len(source), self.own.shape[2])
         self.own = self.own[:, : len(source)]
+        self.own[:, :, :used] = taken
 
 
 class GroupCache:
@@ -132,20 +134,19 @@ class GroupCache:
             for layer in self._layers.values():
                 layer.grow(min(self.limit, 2 * capacity))
 
-    def keep(self, rows: np.ndarray) -> None:
-        """Drop all rows but these (indices, ascending), and prompts that no row needs."""
+    def select(self, rows: np.ndarray) -> None:
+        """Row i becomes a copy of row rows[i] (int, ascending); unused prompts are dropped."""
         assert self._slots is not None
-        heads = self._heads
-        before = self._slots.slots.view(-1, heads)
+        before = self._slots.slots.view(-1, self._heads)
         alive, owner = np.unique(self._owner[rows], return_inverse=True)
         dropped = len(alive) < len(self.lengths)
         self.lengths = self.lengths[alive]
         self._seat(owner)
-        kept = before.index_select(0, torch.from_numpy(rows).to(self.device)).view(-1)
-        source = kept.index_select(0, self._slots.rows)
+        taken = before.index_select(0, torch.from_numpy(rows).to(self.device)).view(-1)
+        source = taken.index_select(0, self._slots.rows)
         prompts = torch.from_numpy(alive).to(self.device) if dropped else None
         for layer in self._layers.values():
-            layer.keep(prompts, int(self.lengths.max()), source, self.used)
+            layer.select(prompts, int(self.lengths.max()), source, self.used)
 
     @property
     def opened(self) -> bool:

@@ -19,7 +19,7 @@ from speciarl.rollout.seeds import uniform_rows
 from speciarl.rollout.waves import Row, distinct_prompts
 
 _KEEP_SHARE = 0.75
-"""Rows are compacted when at most this share of them still runs."""
+"""Rows are dropped when at most this share of them still has samples."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,12 @@ class Decoder:
 
 
 class Wave:
-    """Rows decoded together, one token each per `advance`."""
+    """Samples decoded together, one token each per `advance`.
+
+    The batch has a row per distinct beginning: samples of a prompt share a row as long as they
+    agree, and the row forks where they part. Finished samples leave at once, rows without samples
+    when that pays.
+    """
 
     def __init__(
         self, decoder: Decoder, requests: Sequence[Request], rows: list[Row], sampling: Sampling
@@ -60,21 +65,23 @@ class Wave:
         self.uniforms = torch.from_numpy(uniforms).to(decoder.device)
         self.tokens = np.zeros(shape, dtype=np.int64)
         self.logprobs = np.zeros(shape, dtype=np.float32)
-        self.batch = np.arange(len(rows))  # the rows in the batch, finished ones not yet dropped
-        self.alive = np.ones(len(rows), dtype=bool)  # which of the batch still run
         self.length = 0
+        self.live = np.arange(len(rows))
+        """Samples that still run."""
+        self.branch = np.zeros(len(rows), dtype=np.int64)
+        """The batch row of each live sample."""
         self._prefill()
 
     @property
     def running(self) -> bool:
-        return bool(self.alive.any())
+        return len(self.live) > 0
 
     @torch.inference_mode()
     def _prefill(self) -> None:
         decoder = self.decoder
         prompts = distinct_prompts(self.requests[row.request] for row in self.rows)
         place = {id(prompt): index for index, prompt in enumerate(prompts)}
-        owner = np.array([place[id(self.requests[row.request].prompt)] for row in self.rows])
+        self.branch = np.array([place[id(self.requests[row.request].prompt)] for row in self.rows])
         lengths = [len(prompt.input_ids) for prompt in prompts]
         self.cache = GroupCache(lengths, self.sampling.max_new_tokens, decoder.device)
         last = []
@@ -84,14 +91,12 @@ class Wave:
             ends = torch.tensor(lengths[part], device=decoder.device) - 1
             hidden = self._forward(**inputs)
             last.append(hidden[torch.arange(len(ends), device=decoder.device), ends])
-        self.cache.open(owner, decoder.query_heads)
-        by_row = torch.from_numpy(owner).to(decoder.device)
-        self.logits = decoder.model.get_output_embeddings()(torch.cat(last)).index_select(0, by_row)
-        first = torch.tensor([prompt.next_position for prompt in prompts], device=decoder.device)
-        self.positions = first.index_select(0, by_row)
+        self.cache.open(np.arange(len(prompts)), decoder.query_heads)
+        self.logits = decoder.model.get_output_embeddings()(torch.cat(last))
+        first = [prompt.next_position for prompt in prompts]
+        self.positions = torch.tensor(first, device=decoder.device)
         if decoder.fused is not None:
-            longest = max(prompt.next_position for prompt in prompts)
-            self.tables = decoder.fused.tables(longest + self.sampling.max_new_tokens)
+            self.tables = decoder.fused.tables(max(first) + self.sampling.max_new_tokens)
 
     def _forward(self, **inputs: Any) -> Tensor:
         """Hidden states [B, l, H] after the last norm, by transformers' layers."""
@@ -101,34 +106,45 @@ class Wave:
 
     @torch.inference_mode()
     def advance(self) -> list[tuple[Row, Rollout]]:
-        """One more token for every row; returns the rows that it finished.
+        """One more token for every live sample; returns the samples that it finished.
 
-        Raises EngineDead when the logits of a row are not finite.
+        Raises EngineDead when the logits of a sample are not finite.
         """
-        decoder = self.decoder
-        if self.length > 0:
+        decoder, now = self.decoder, self.length
+        if now > 0:
             self._feed()
-        ids, logprobs = choose(
-            self.logits, self.sampling, self.uniforms[:, self.length], decoder.banned
-        )
-        self.ids = ids
-        tokens, chances = torch.stack([ids.double(), logprobs.double()]).cpu().numpy()
-        if not np.isfinite(chances[self.alive]).all():
+        live, branch = self._to_device(self.live), self._to_device(self.branch)
+        uniforms = self.uniforms[:, now].index_select(0, live)
+        chosen = choose(self.logits, self.sampling, uniforms, decoder.banned, branch)
+        tokens, logprobs = torch.stack([part.double() for part in chosen]).cpu().numpy()
+        if not np.isfinite(logprobs).all():
             raise EngineDead(f"logits are not finite at version {decoder.version}")
-        self.tokens[self.batch, self.length] = tokens
-        self.logprobs[self.batch, self.length] = chances
+        self.tokens[self.live, now] = tokens
+        self.logprobs[self.live, now] = logprobs
         self.length += 1
-        stopped = decoder.stops[self.tokens[self.batch, self.length - 1]]
-        over = self.alive & (stopped | (self.length == self.sampling.max_new_tokens))
-        self.alive &= ~over
-        return [self._finished(self.batch[i], bool(stopped[i])) for i in np.flatnonzero(over)]
+        stopped = decoder.stops[self.tokens[self.live, now]]
+        over = stopped | (self.length == self.sampling.max_new_tokens)
+        ended = zip(self.live[over].tolist(), stopped[over].tolist(), strict=True)
+        finished = [self._finished(index, stop) for index, stop in ended]
+        self.live, self.branch = self.live[~over], self.branch[~over]
+        return finished
 
     def _feed(self) -> None:
-        """Drop rows where it pays, then run the last tokens through the model: next logits."""
-        if self.alive.sum() <= _KEEP_SHARE * len(self.alive):
-            self._compact()
-        decoder = self.decoder
-        embeds = decoder.model.get_input_embeddings()(self.ids)
+        """Fork and drop rows, then run the last tokens through the model: next logits."""
+        decoder, count = self.decoder, len(self.positions)
+        vocabulary = len(decoder.stops)
+        pairs = self.branch * vocabulary + self.tokens[self.live, self.length - 1]
+        pairs, branch = np.unique(pairs, return_inverse=True)
+        parents, ids = np.divmod(pairs, vocabulary)
+        if (np.diff(parents) == 0).any() or len(parents) <= _KEEP_SHARE * count:
+            self.cache.select(parents)
+            self.positions = self.positions.index_select(0, self._to_device(parents))
+            self.branch = branch
+        else:  # nothing parts; rows that no sample needs any more just run along
+            whole = np.zeros(count, dtype=np.int64)
+            whole[parents] = ids
+            ids = whole
+        embeds = decoder.model.get_input_embeddings()(self._to_device(ids))
         positions = self.positions + (self.length - 1)
         if decoder.fused is not None:
             hidden = decoder.fused(embeds, positions, self.tables, self.cache)
@@ -138,13 +154,8 @@ class Wave:
         self.cache.advance()
         self.logits = decoder.model.get_output_embeddings()(hidden)
 
-    def _compact(self) -> None:
-        keep = np.flatnonzero(self.alive)
-        rows = torch.from_numpy(keep).to(self.decoder.device)
-        self.cache.keep(keep)
-        self.ids, self.positions = self.ids[rows], self.positions[rows]
-        self.uniforms = self.uniforms[rows]
-        self.batch, self.alive = self.batch[keep], self.alive[keep]
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.decoder.device)
 
     def _finished(self, index: int, stopped: bool) -> tuple[Row, Rollout]:
         row = self.rows[index]

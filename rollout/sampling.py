@@ -9,27 +9,35 @@ from speciarl.rollout.engine import Sampling
 
 
 def choose(
-    logits: Tensor, sampling: Sampling, uniforms: Tensor, banned: Tensor
+    logits: Tensor,
+    sampling: Sampling,
+    uniforms: Tensor,
+    banned: Tensor,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One token per row.
+    """One token per sample.
 
     Args:
-        logits: [R, V], any float dtype.
-        uniforms: [R] float64 in [0, 1); not read when greedy.
+        logits: [B, V], any float dtype.
+        uniforms: [S] float64 in [0, 1); not read when greedy.
         banned: [K] int64 ids that are never chosen and take no part in the softmax.
+        rows: [S] int64, the row of each sample; None: sample i has row i.
 
-    Returns: ids [R] int64 and their log-probs [R] fp32 in nats, log_softmax(logits / temperature)
+    Returns: ids [S] int64 and their log-probs [S] fp32 in nats, log_softmax(logits / temperature)
         (temperature 1 for greedy) over all ids but the banned, not cut by top_p or top_k.
-        A row whose logits are not finite gives a log-prob that is not finite.
+        Logits that are not finite give a log-prob that is not finite.
     """
     masked = logits.float().index_fill(1, banned, -torch.inf)
-    if sampling.temperature == 0:
-        logprobs = masked.log_softmax(-1)
+    greedy = sampling.temperature == 0
+    logprobs = (masked if greedy else masked / sampling.temperature).log_softmax(-1)
+    if greedy:
         ids = masked.argmax(-1, keepdim=True)
+        ids = ids if rows is None else ids.index_select(0, rows)
     else:
-        logprobs = (masked / sampling.temperature).log_softmax(-1)
-        ids = inverse_cdf(truncate(logprobs.exp(), sampling), uniforms)
-    return ids.squeeze(1), logprobs.gather(1, ids).squeeze(1)
+        weights = truncate(logprobs.exp(), sampling)
+        ids = inverse_cdf(weights, uniforms, rows)
+    spread = logprobs if rows is None else logprobs.index_select(0, rows)
+    return ids.squeeze(1), spread.gather(1, ids).squeeze(1)
 
 
 def truncate(weights: Tensor, sampling: Sampling) -> Tensor:
@@ -49,17 +57,21 @@ def truncate(weights: Tensor, sampling: Sampling) -> Tensor:
     return weights
 
 
-def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """First id at which the running sum of `weights` exceeds u times their total.
+def inverse_cdf(weights: Tensor, uniforms: Tensor, rows: Tensor | None = None) -> Tensor:
+    """First id at which the running sum of a row's `weights` exceeds u times their total.
 
-    weights: [R, V] float; uniforms: [R] float64 in [0, 1). Returns [R, 1] int64.
+    weights: [B, V] float; uniforms: [S] float64 in [0, 1); rows: [S] or None, as in `choose`.
+    Returns [S, 1] int64.
 
     The sum runs in the order of the vocabulary, not of the probabilities, so a near tie in the
     logits cannot move a sample to a quite different token.
     """
     reached = weights.cumsum(-1, dtype=torch.float64)
+    if rows is not None:
+        reached = reached.index_select(0, rows)
     target = uniforms[:, None] * reached[:, -1:]
     ids = torch.searchsorted(reached, target, right=True).clamp(max=weights.shape[1] - 1)
     if ids.is_cuda:  # a parallel sum may decrease by a bit: never answer with a token of weight 0
+        weights = weights if rows is None else weights.index_select(0, rows)
         ids = ids.where(weights.gather(1, ids) > 0, weights.argmax(-1, keepdim=True))
     return ids

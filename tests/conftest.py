@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Models are tiny here, and tests run side by side: more threads would only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
 # Helpers that tests import and that processes started by tests import too.
 SUPPORT = Path(__file__).parent / "support"
 sys.path.insert(0, str(SUPPORT))
@@ -52,9 +56,8 @@ def world() -> Iterator[object]:
     """A process group of one (`speciarl.core.world.World`), left when the module is done."""
     from speciarl.core.world import init_world, leave_world
 
-    before, threads = dict(os.environ), torch.get_num_threads()
+    before = dict(os.environ)
     yield init_world(threads=1, device="cpu")
     leave_world()
-    torch.set_num_threads(threads)
     os.environ.clear()
     os.environ.update(before)

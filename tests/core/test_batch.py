@@ -56,9 +56,7 @@ def test_packed_equals_unpacked(policy: Policy, tiny: Tiny, temperature: float) 
         wanted = plain_logprobs(model, items, tiny.banned, temperature)
         table = torch.cat([plain_table(model, i, tiny.banned, temperature) for i in items])
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
-    torch.testing.assert_close(
-        entropy, torch.special.entr(table.exp()).sum(1), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(entropy, torch.special.entr(table.exp()).sum(1), rtol=0, atol=1e-5)
 
 
 def test_the_gradient_of_a_row_is_the_sum_of_its_sequences(policy: Policy, tiny: Tiny) -> None:

@@ -35,7 +35,9 @@ def stat(learned: Learned, name: str) -> float:
 
 
 def learn(case: Case, tiny: Tiny, world: World) -> Learned:
-    learned = learner_of(case, tiny, world).learn(judged_groups(tiny, case.codes), lambda _: case.lr)
+    learned = learner_of(case, tiny, world).learn(
+        judged_groups(tiny, case.codes), lambda _: case.lr
+    )
     assert learned is not None
     return learned
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import KINDS, Tiny, perturb, plain_logprobs
+from tiny import KINDS, LAYERS, Tiny, perturb, plain_logprobs
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
@@ -15,7 +15,7 @@ from speciarl.core.optim import OptimConfig, Optimizer
 from speciarl.core.policy import ModelConfig, Policy, whole
 from speciarl.core.world import World
 
-LINEAR_LAYERS = 3 * 7  # q, k, v, o, gate, up, down of three layers
+LINEAR_LAYERS = LAYERS * 7  # q, k, v, o, gate, up and down
 
 
 @pytest.fixture(params=KINDS)

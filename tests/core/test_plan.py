@@ -25,9 +25,7 @@ def test_every_sequence_once_and_in_order(costs: list[int], ranks: int, budget: 
 
 @settings(deadline=None)
 @given(any_costs, any_ranks, any_budget)
-def test_ranks_have_equally_many_micro_batches(
-    costs: list[int], ranks: int, budget: int
-) -> None:
+def test_ranks_have_equally_many_micro_batches(costs: list[int], ranks: int, budget: int) -> None:
     planned = plan(costs, ranks, budget)
     assert len({len(micro) for micro in planned}) == 1
     # Not more than the busiest rank needs, and what is empty comes last.
@@ -50,9 +48,7 @@ def test_a_micro_batch_keeps_the_budget_or_holds_one_oversize_sequence(
 
 @settings(deadline=None)
 @given(any_costs, any_ranks, any_budget)
-def test_no_two_neighbours_would_fit_into_one(
-    costs: list[int], ranks: int, budget: int
-) -> None:
+def test_no_two_neighbours_would_fit_into_one(costs: list[int], ranks: int, budget: int) -> None:
     for micro in plan(costs, ranks, budget):
         for part, following in zip(micro, micro[1:], strict=False):
             if following:

@@ -76,11 +76,8 @@ def test_any_number_of_processes_learns_as_one_unsharded_model(
     for name, case in CASES.items():
         check(name, case, Tiny(model_dirs[case.kind], pictures), results[name])
 
-    budgets = [part(results[name][4], "grad ") for name in ("one row", "rows of a few", "a row each")]
-    for other in budgets[1:]:
-        assert max(apart(other, budgets[0]).values()) < TOLERANCE
-    tokens = {name: float(results[name][4]["stats"][STATS.index("tokens")]) for name in CASES}
-    assert tokens["fillers"] == float(results["fillers"][1]["stats"][STATS.index("tokens")])
+    rows, one_row = (part(results[name][4], "grad ") for name in ("a row each", "one row"))
+    assert max(apart(rows, one_row).values()) < TOLERANCE
     clips = [STATS.index("clipped_low"), STATS.index("clipped_high")]
     for size in SIZES:
         assert results["two updates"][size]["stats"][clips].sum() > 0

@@ -1,12 +1,11 @@
 """A run that was interrupted goes on as if it had not been, or says why it cannot."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import assert_same, lines, lot, run_config, step_lines, stored
+from runs import assert_same, json_of, lines, lot, run_config, step_lines, stored
 
 from speciarl.core.checkpoint import CheckpointError
 from speciarl.core.config import Config
@@ -58,7 +57,7 @@ def half(two_steps: Path, tmp_path: Path) -> Path:
 
 
 def progress(out: Path, step: int) -> dict[str, object]:
-    return json.loads((out / "checkpoints" / f"step-{step}" / "state.json").read_text())
+    return json_of(out / "checkpoints" / f"step-{step}" / "state.json")
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:
@@ -79,9 +78,9 @@ def test_two_steps_then_two_more_are_four(
 ) -> None:
     train(configure(half), world, quiet=True)
     assert_equal_runs(half, whole)
-    earlier = json.loads((half / "config.until-step-2.json").read_text())
+    earlier = json_of(half / "config.until-step-2.json")
     assert earlier["train"]["steps"] == 2
-    assert json.loads((half / "config.json").read_text())["train"]["steps"] == 4
+    assert json_of(half / "config.json")["train"]["steps"] == 4
 
 
 def test_a_run_that_died_in_a_step_repeats_it(

@@ -234,7 +234,9 @@ def test_prompts_over_the_limit_are_dropped_not_cut(
     for example in batch:
         prompt = drawn.store.get(example)
         assert prompt is not None and len(prompt.input_ids) == lengths[example.key]
-    assert all(f"max_prompt_tokens is {limit}" in reason for reason in drawn.skipped.values())
+    with pytest.raises(ValueError, match=f"one skipped: .* tokens, max_prompt_tokens is {limit}"):
+        drawn.draw(len(fitting) + 1)
+    assert drawn.skipped.keys() == lengths.keys() - fitting
 
 
 @pytest.mark.parametrize(

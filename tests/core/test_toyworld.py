@@ -16,6 +16,8 @@ from speciarl.core.toyshapes import FAMILIES, FRAMINGS, HUE_JITTER, HUES
 from speciarl.core.toyworld import (
     CAPTION_MIX,
     DOMAINS,
+    FAVOURITE,
+    FAVOURITE_SHARE,
     NEAR_SHARE,
     WorldSpec,
     class_names,
@@ -138,7 +140,8 @@ def test_captions_are_a_blind_mix_of_levels(small: Path) -> None:
                 guesses[colour] += 1
     shares = {level: count / len(captions) for level, count in levels.items()}
     assert shares == pytest.approx({"generic": 0.5, "family": 0.25, "species": 0.25}, abs=0.03)
-    assert 0.86 < guesses["golden"] / sum(guesses.values()) < 0.94
+    share = guesses[FAVOURITE] / sum(guesses.values())
+    assert share == pytest.approx(FAVOURITE_SHARE, abs=0.04)
     assert CAPTION_MIX.keys() == FRAMINGS.keys()
     assert all(sum(mix) == pytest.approx(1) for mix in CAPTION_MIX.values())
 

@@ -170,12 +170,25 @@ def test_groups_come_as_soon_as_they_are_complete(cases: dict[str, Case]) -> Non
     language = engine.model.model.language_model
     language.register_forward_hook(lambda *_: steps.append(1))
     came = []
-    for group in engine.generate(requests(case.prompts, 4), Sampling(max_new_tokens=30)):
+    for group in engine.generate(requests(case.prompts, 2), Sampling(max_new_tokens=30)):
         came.append(len(steps))
-        assert [rollout.sample_id for rollout in group.rollouts] == [0, 1, 2, 3]
+        assert [rollout.sample_id for rollout in group.rollouts] == [0, 1]
         # One forward for the prompts, then one for every token but the first.
         assert len(steps) == max(len(rollout.ids) for rollout in group.rollouts)
     assert len(came) == len(case.prompts) and len(set(came)) > 2
+
+
+def test_samples_share_a_row_until_they_part(cases: dict[str, Case]) -> None:
+    case = cases["toy"]
+    engine, rows = case.engine("generic", stop_ids=[]), []
+    language = engine.model.model.language_model
+    language.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+    )
+    found = rollouts(engine, requests(case.prompts, 5), Sampling(0.3, max_new_tokens=9))
+    beginnings = [{(r.prompt.key, *r.ids[:n]) for r in found} for n in range(9)]
+    assert rows == [len(distinct) for distinct in beginnings]
+    assert len(case.prompts) < rows[1] < rows[-1] <= len(found)
 
 
 def test_a_group_over_several_prompts_and_an_empty_call(cases: dict[str, Case]) -> None:

@@ -107,6 +107,14 @@ def test_rows_do_not_touch_each_other_or_the_input() -> None:
         assert alone[0] == together[0][i] and alone[1] == together[1][i]
 
 
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0), Sampling(top_p=0.7)])
+def test_samples_may_share_a_row(sampling: Sampling) -> None:
+    table, rows, banned = logits(5, 40), torch.tensor([4, 0, 0, 2, 4, 4]), torch.tensor([7])
+    shared = choose(table, sampling, even(6), banned, rows)
+    apart = choose(table[rows], sampling, even(6), banned)
+    assert torch.equal(shared[0], apart[0]) and torch.equal(shared[1], apart[1])
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_logits_that_are_not_finite_show(bad: float) -> None:
     rows = logits(2, 10)

@@ -62,7 +62,6 @@ class Case:
 KL = ObjectiveConfig(kl_coef=0.1)
 CASES = {
     "one row": Case(KL, budget=100_000),
-    "rows of a few": Case(KL, budget=80, model={"reshard_after_forward": False}),
     "a row each": Case(KL, budget=1),
     "fillers": Case(
         ObjectiveConfig("dr-grpo"), codes=SPARSE, mini_batch=3, model={"freeze_vision": True}
@@ -75,7 +74,7 @@ CASES = {
     ),
     "lora": Case(KL, model={"lora_rank": 4, "lora_alpha": 8.0}),
     "qwen3": Case(ObjectiveConfig(aggregation="sequence-mean", kl="k2"), kind="qwen3"),
-    "two updates": Case(KL, mini_batch=3, lr=0.03),
+    "two updates": Case(KL, mini_batch=3, lr=0.03, model={"reshard_after_forward": False}),
 }
 
 

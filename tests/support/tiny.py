@@ -30,6 +30,8 @@ from speciarl.core.toymodel import save_toymodel
 from speciarl.rollout.engine import Prompt
 
 KINDS = ("toy", "tied", "qwen3")
+LAYERS = 2
+"""Of the language model."""
 SIZES = ((56, 56), (84, 56), (56, 84), (84, 84), (56, 56), (84, 56))
 """Width and height of the pictures: 4, 6 or 9 image tokens."""
 
@@ -38,6 +40,8 @@ def save_tiny(folder: Path, kind: str) -> Path:
     """A random checkpoint in HF layout: "toy" or "tied" (Qwen2.5-VL), "qwen3" (Qwen3-VL)."""
     save_toymodel(folder)
     config = AutoConfig.from_pretrained(folder)
+    config.text_config.num_hidden_layers = LAYERS
+    config.text_config.layer_types = config.text_config.layer_types[:LAYERS]
     if kind == "tied":
         config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
     if kind == "qwen3":
