@@ -252,12 +252,13 @@ def bench(own: OwnStep, folder: Path, *, with_peer: bool, title: str, steps: int
     finally:
         if peer is not None:
             peer.close()
-    result = {
+    result: dict[str, Any] = {
         "model": title,
         "trained": "LoRA" if config.model.lora_rank else "full",
         "machine": machine(own.world),
         "memory_bytes": memory,
         "mfu": utilisation(config, own, records["ours"]),
+        "attention": own.parts.policy.net.route,
         "packing": own.packing_error() if not own.answers else None,
         "ratio": ratios(records) if peer else None,
         "records": {who: [asdict(r) for r in done] for who, done in records.items()},
@@ -269,6 +270,19 @@ def bench(own: OwnStep, folder: Path, *, with_peer: bool, title: str, steps: int
             click.echo(f"\n{summary}\ntrace: {profile}")
         if json_file is not None:
             json_file.write_text(json.dumps(result, indent=1) + "\n")
+    check_packing(own, result["packing"] or {})
+
+
+def check_packing(own: OwnStep, found: dict[str, float]) -> None:
+    """Raises click.ClickException where a packed row's log-probs are not those of its sequences.
+
+    bf16 rounds otherwise in other shapes and kernels. Sequences that see each other are much
+    further apart: 0.8 nats on the toy base policy.
+    """
+    allowed = 1e-4 if own.parts.policy.dtype == torch.float32 else 0.2
+    wrong = {k: v for k, v in found.items() if k.startswith("packed") and not v <= allowed}
+    if wrong:
+        raise click.ClickException(f"packed and unpacked differ, {allowed} nats allowed: {wrong}")
 
 
 if __name__ == "__main__":

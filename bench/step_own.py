@@ -133,14 +133,17 @@ class OwnStep:
     def packing_error(self, count: int = 6) -> dict[str, float]:
         """Largest |log-prob difference|, nats, between a packed row and each sequence alone.
 
-        The last step's first completions of `count` prompts, of other lengths and images, scored
+        Two completions of `count` prompts of the last step, of other lengths and images, scored
         in one row; then alone on the same attention route, and alone on "sdpa". Beside it the
         whole step's largest difference between trainer and engine. Collective.
         """
         groups, learned, _ = self.trainer.noted
         policy = self.parts.policy
-        chosen = [(group, group.completions[i % 2]) for i, group in enumerate(groups[:count])]
-        items = [Item(self.parts.prompt(g.example), c.ids) for g, c in chosen]
+        items = [
+            Item(self.parts.prompt(group.example), completion.ids)
+            for group in groups[:count]
+            for completion in group.completions[:2]
+        ]
         temperature = self.parts.config.rollout.temperature
         with torch.no_grad():
             packed = _score(policy, [items], temperature)
@@ -149,8 +152,8 @@ class OwnStep:
             plain = _score(policy, [[item] for item in items], temperature)
             policy.net.route = route
         return {
-            f"packed ({route}) - alone ({route})": _apart(packed, alone),
-            f"packed ({route}) - alone (sdpa)": _apart(packed, plain),
+            "packed - alone": _apart(packed, alone),
+            "packed - alone on sdpa": _apart(packed, plain),
             "trainer - engine": float(learned.stats[-1]) if learned else float("nan"),
         }
 

@@ -81,6 +81,9 @@ class Collector:
         """`n` judged completions of each prompt, in the order of `work`.
 
         `Timing.judge` is what remains of judging after the last sample: the rest is hidden.
+
+        Raises:
+            RuntimeError: the engine kept a group back, or the judge broke its contract.
         """
         examples = {example.key: example for example, _ in work}
         requests = [Request(prompt, example.key, tuple(range(n))) for example, prompt in work]
@@ -92,6 +95,9 @@ class Collector:
             graded[group.group_key] = self.pool.submit(self._grade, example, group)
             timing.tokens += sum(len(r.ids) for r in group.rollouts)
         timing.generate = time.perf_counter() - start
+        lost = [example.key for example, _ in work if example.key not in graded]
+        if lost:
+            raise RuntimeError(f"the engine ended without {len(lost)} groups, {lost[0]} among them")
         done = [graded[example.key].result()[0] for example, _ in work]
         timing.judge = time.perf_counter() - start - timing.generate
         return done, timing

@@ -25,14 +25,25 @@ def check_model(config: ModelConfig) -> None:
         if not HUB_NAME.fullmatch(config.folder) or folder.parent.is_dir():
             raise FileNotFoundError(f"model.path={config.path!r}: there is no folder {folder}")
         return
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"model.path={config.path!r}: {folder} has no config.json")
+    if not _is_model(folder):
+        models = (folder / "model", folder.parent.parent / "model")  # of a run, of a checkpoint
+        near = next((path for path in models if _is_model(path)), None)
+        hint = f"; the run's model is in {near}" if near else ""
+        raise FileNotFoundError(
+            f"model.path={config.path!r}: {folder} has no config.json with a model_type{hint}"
+        )
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(str(file), framework="pt"):  # checks the header against the size
                 pass
         except SafetensorError as error:
             raise ValueError(f"model.path={config.path!r}: {file} is corrupted: {error}") from None
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether the folder has a model's config.json; a run folder has one of another kind."""
+    file = folder / "config.json"
+    return file.is_file() and '"model_type"' in file.read_text(encoding="utf-8", errors="replace")
 
 
 def model_record(config: ModelConfig) -> dict[str, Any]:

@@ -202,9 +202,7 @@ def export_model(policy: Policy, builder: PromptBuilder, folder: Path, world: Wo
     world.barrier()
 
 
-def build(
-    config: Config, world: World, *, supervised: bool = False, quiet: bool = False
-) -> Parts:
+def build(config: Config, world: World, *, supervised: bool = False, quiet: bool = False) -> Parts:
     """All parts of a training run. Fails before loading weights where the input is wrong.
 
     Args:

@@ -192,7 +192,7 @@ class Trainer:
         scalars["optim/lr"] = self.rate(-1)
         scalars["skipped/prompts"] = float(len(self.progress.skipped_prompts))
         self.deferred.put(step, scalars, learned)
-        if every and step % every == 0:
+        if every and self.due(every):
             self.parts.monitor.samples(step, sample_rows(groups, self.parts.builder.decode))
 
     def list_skipped(self) -> None:

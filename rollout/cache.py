@@ -4,8 +4,8 @@ Samples of a prompt attend to one copy of its keys and values, as one matrix pro
 and to their own tokens as one small product per sample. That is the attention over the prompt's
 cache repeated for every sample, without the repeated memory and its traffic.
 
-A wave has P prompts and R rows (samples). Attention works on a rectangle of slots [P, N], N the
-most rows that any prompt has; slots without a row repeat row 0 and are never read.
+A wave has P prompts and R rows (distinct beginnings of completions). Attention works on a rectangle
+of slots [P, N], N the most rows that any prompt has; slots without a row repeat row 0.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 ATTENTION = "speciarl_rollout"
-_FIRST_BLOCK = 64
+_FIRST_BLOCK = 16
 
 
 class Slots(NamedTuple):
@@ -69,34 +69,33 @@ class Layer:
     def __init__(self, prompts: int, length: int, like: Tensor) -> None:
         # Zeros: columns that are padding get no weight, but must be finite.
         self.prompt = like.new_zeros((2, prompts, like.shape[1], length, like.shape[3]))
-        self.own = like.new_empty(0)
+        self._room = self.own = like.new_empty(0)
 
-    def open(self, slots: int, capacity: int) -> None:
-        """Room for the rows' own tokens."""
-        self.own = self.prompt.new_empty((2, slots, capacity, self.prompt.shape[-1]))
+    def open(self, slots: int, most: int, capacity: int) -> None:
+        """Room for the own tokens of `most` slots, `slots` of which are there now."""
+        self._room = self.prompt.new_empty((2, most, capacity, self.prompt.shape[-1]))
+        self.own = self._room[:, :slots]
 
     def grow(self, capacity: int) -> None:
-        """More room; what is there stays."""
-        wide = self.own.new_empty((*self.own.shape[:2], capacity, self.own.shape[3]))
-        wide[:, :, : self.own.shape[2]] = self.own
-        self.own = wide
+        """Room for more tokens; what is there stays."""
+        before = self.own
+        self.open(before.shape[1], self._room.shape[1], capacity)
+        self.own[:, :, : before.shape[2]] = before
 
     def select(self, prompts: Tensor | None, length: int, source: Tensor, used: int) -> None:
         """Keep these prompts (None: all), cut to `length`; slot i takes slot source[i]'s tokens."""
         if prompts is not None:
             self.prompt = self.prompt[:, :, :, :length].index_select(1, prompts)
         taken = self.own[:, :, :used].index_select(1, source)
-        if len(source) > self.own.shape[1]:
-            self.open(len(source), self.own.shape[2])
-        self.own = self.own[:, : len(source)]
+        self.own = self._room[:, : len(source)]
         self.own[:, :, :used] = taken
 
 
 class GroupCache:
     """The cache of one wave, handed through the model to `attend`.
 
-    First every prompt passes once (`place`, then a forward per chunk), then `open` names the
-    rows, then each forward adds one token per row and `advance` closes it.
+    First every prompt passes once (`place`, then a forward per chunk); `open` makes a row of each;
+    `select` forks and drops rows; each forward adds one token per row and `advance` closes it.
     """
 
     def __init__(self, lengths: Sequence[int], limit: int, device: torch.device) -> None:
@@ -111,20 +110,20 @@ class GroupCache:
         self._gather = torch.empty(0)
         self._query_heads = 0
         self._owner = np.empty(0, dtype=np.int64)
-        self._bias = torch.empty(0)
-        self._no_bias = torch.zeros(1, 1, 1, device=device)
+        self._bias: Tensor | None = None
 
     def place(self, first: int) -> None:
         """The next forward holds the prompts from `first` on, padded on the right."""
         self._first = first
 
-    def open(self, owner: np.ndarray, query_heads: int) -> None:
-        """Prompts are complete; owner: [R] the prompt of each row to come."""
+    def open(self, query_heads: int, width: int) -> None:
+        """Prompts are complete and become one row each; later at most `width` rows each."""
         self._query_heads = query_heads
-        self._seat(owner)
-        assert self._slots is not None
+        prompts = len(self.lengths)
+        self._seat(np.arange(prompts))
+        heads, capacity = self._heads, min(self.limit, _FIRST_BLOCK)
         for layer in self._layers.values():
-            layer.open(len(self._slots.rows), min(self.limit, _FIRST_BLOCK))
+            layer.open(prompts * heads, prompts * heads * width, capacity)
 
     def advance(self) -> None:
         """The forward of one token per row is over."""
@@ -162,7 +161,7 @@ class GroupCache:
         self._slots = assign_slots(owner, len(self.lengths), self._heads, self.device)
         self._gather = _gather(self._slots.rows, self._heads, self._query_heads)
         padding = np.arange(self.lengths.max()) >= self.lengths[:, None]
-        self._bias = self._no_bias
+        self._bias = None
         if padding.any():
             bias = np.where(padding, -np.inf, 0.0).astype(np.float32).repeat(self._heads, axis=0)
             self._bias = torch.from_numpy(bias[:, None]).to(self.device)
@@ -193,24 +192,25 @@ class GroupCache:
         by_slot = (seats, shared, -1)
         keys, values = layer.prompt.view(2, pairs, length, size)
         own_keys, own_values = layer.own[:, :, :now]
-        far = _scores(query.view(by_prompt), keys, self._bias, scale)
-        near = _scores(query.view(by_slot), own_keys, self._no_bias, scale).view(by_prompt)
-        weights = torch.cat([far, near], -1).softmax(-1).to(heads.dtype)
+        far = _products(query.view(by_prompt), keys)
+        near = _products(query.view(by_slot), own_keys).view(by_prompt)
+        scores = torch.cat([far, near], -1).mul_(scale)
+        if self._bias is not None:
+            scores[..., :length] += self._bias
+        weights = scores.softmax(-1).to(heads.dtype)
         out = torch.bmm(weights[..., :length], values).view(by_slot)
-        out = torch.baddbmm(out, weights[..., length:].view(by_slot), own_values)
+        out.baddbmm_(weights[..., length:].view(by_slot), own_values)
         return out.view(seats, -1).index_select(0, slots.slots).view(len(heads), -1)
 
 
-def _scores(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """scale * query @ key^T + bias, batched, at least in fp32 whatever the inputs' dtype."""
+def _products(query: Tensor, key: Tensor) -> Tensor:
+    """Batched query @ key^T, at least in fp32 whatever the inputs' dtype."""
     key = key.transpose(1, 2)
-    if query.dtype == torch.float32:
-        return torch.baddbmm(bias, query, key, alpha=scale)
-    if query.dtype == torch.float64:
-        return torch.baddbmm(bias.double(), query, key, alpha=scale)
+    if query.dtype in (torch.float32, torch.float64):
+        return torch.bmm(query, key)
     if query.is_cuda:
-        return torch.bmm(query, key, out_dtype=torch.float32).mul_(scale).add_(bias)
-    return torch.baddbmm(bias, query.float(), key.float(), alpha=scale)
+        return torch.bmm(query, key, out_dtype=torch.float32)
+    return torch.bmm(query.float(), key.float())
 
 
 def rollout_attention(

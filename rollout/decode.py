@@ -91,7 +91,7 @@ class Wave:
             ends = torch.tensor(lengths[part], device=decoder.device) - 1
             hidden = self._forward(**inputs)
             last.append(hidden[torch.arange(len(ends), device=decoder.device), ends])
-        self.cache.open(np.arange(len(prompts)), decoder.query_heads)
+        self.cache.open(decoder.query_heads, int(np.bincount(self.branch).max()))
         self.logits = decoder.model.get_output_embeddings()(torch.cat(last))
         first = [prompt.next_position for prompt in prompts]
         self.positions = torch.tensor(first, device=decoder.device)
@@ -113,9 +113,10 @@ class Wave:
         decoder, now = self.decoder, self.length
         if now > 0:
             self._feed()
-        live, branch = self._to_device(self.live), self._to_device(self.branch)
-        uniforms = self.uniforms[:, now].index_select(0, live)
-        chosen = choose(self.logits, self.sampling, uniforms, decoder.banned, branch)
+        uniforms = self.uniforms[:, now].index_select(0, self._to_device(self.live))
+        apart = np.array_equal(self.branch, np.arange(len(self.logits)))
+        rows = None if apart else self._to_device(self.branch)
+        chosen = choose(self.logits, self.sampling, uniforms, decoder.banned, rows)
         tokens, logprobs = torch.stack([part.double() for part in chosen]).cpu().numpy()
         if not np.isfinite(logprobs).all():
             raise EngineDead(f"logits are not finite at version {decoder.version}")

@@ -89,7 +89,7 @@ class FusedText:
     ) -> Tensor:
         """Hidden states [R, H] after the last norm.
 
-        embeds: [R, H]; positions: [R] int64; tables: of `tables`, reaching every position.
+        embeds: [R, H], overwritten; positions: [R] int64; tables: of `tables`, long enough.
         """
         cos, sin = (table.index_select(0, positions)[:, None] for table in tables)
         rotate = self._is_rotated
@@ -102,10 +102,10 @@ class FusedText:
                 heads = self._norm_heads(heads, layer)
             heads = torch.addcmul(heads * cos, heads.roll(half, -1), sin)
             mixed = cache.attend(index, heads, self.scale)
-            hidden = torch.addmm(hidden, mixed, layer.out)
+            hidden.addmm_(mixed, layer.out)
             gate_up = F.linear(self._norm(hidden, layer.post_norm), layer.gate_up)
             gate, up = gate_up.chunk(2, -1)
-            hidden = torch.addmm(hidden, self.activation(gate).mul_(up), layer.down)
+            hidden.addmm_(self.activation(gate).mul_(up), layer.down)
         return self._norm(hidden, self.model.norm.weight)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -36,8 +36,8 @@ def choose(
     else:
         weights = truncate(logprobs.exp(), sampling)
         ids = inverse_cdf(weights, uniforms, rows)
-    spread = logprobs if rows is None else logprobs.index_select(0, rows)
-    return ids.squeeze(1), spread.gather(1, ids).squeeze(1)
+    ids = ids.squeeze(1)
+    return ids, logprobs[torch.arange(len(ids), device=ids.device) if rows is None else rows, ids]
 
 
 def truncate(weights: Tensor, sampling: Sampling) -> Tensor:

@@ -127,7 +127,9 @@ def test_a_missing_part_of_a_data_set_is_named(
 ) -> None:
     path = copy / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with pytest.raises(FileNotFoundError, match=rf"no (file|folder) {path}; expected .*CUB_200_2011"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"no (file|folder) {path}; expected .*CUB_200_2011"
+    ):
         train(configure(f"data.train.birds.path={copy}"), world, quiet=True)
 
 
@@ -148,7 +150,9 @@ def test_labels_without_an_entry_are_named(
         f"data.{table}.taxonomy={tmp_path / 'tree.json'}"
         for table in ("train.birds", "eval.birds", "eval.flowers")
     ]
-    with pytest.raises(ValueError, match=r"1 of \d+ labels .* no entry .*tree.json: 'golden warbler'"):
+    with pytest.raises(
+        ValueError, match=r"1 of \d+ labels .* no entry .*tree.json: 'Golden warbler'"
+    ):
         train(configure(*words), world, quiet=True)
 
 

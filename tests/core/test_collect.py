@@ -89,6 +89,14 @@ def test_an_error_of_the_judge_reaches_the_caller() -> None:
     machine.close()
 
 
+def test_a_group_that_the_engine_keeps_back_is_noticed() -> None:
+    machine = collector(SlowJudge())
+    machine.engine.generate = lambda requests, sampling: iter(())  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="ended without 2 groups, d/0 among them"):
+        machine.collect(work(2), 3, Sampling())
+    machine.close()
+
+
 def test_codes_of_groups_of_different_size_are_padded() -> None:
     machine = collector(SlowJudge())
     groups = [machine.collect(work(1), n, Sampling())[0][0] for n in (1, 3)]
@@ -152,7 +160,8 @@ def test_groups_without_signal_make_no_update(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(
-        "speciarl.core.collect.codes_of", lambda judge, truths, texts: np.full(len(texts), S, "int8")
+        "speciarl.core.collect.codes_of",
+        lambda judge, truths, texts: np.int8([S] * len(texts)),
     )
     before = weights(trainer)
     trainer.step()

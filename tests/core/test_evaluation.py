@@ -181,9 +181,8 @@ def test_best_of_k_is_an_oracle_over_the_same_first_samples(
     assert many.total.counts == tuple(oracle.count(code) for code in range(ABSENT, FORMAT + 1))
     assert many.total.correctness >= few.total.correctness
     for sample in range(5):
-        assert many.total.correctness >= recount([r["codes"][sample] for r in five.values()])[
-            "correctness"
-        ]  # fmt: skip
+        single = recount([row["codes"][sample] for row in five.values()])
+        assert many.total.correctness >= single["correctness"]
 
 
 def test_be_specific_asks_another_question(

@@ -47,7 +47,7 @@ def agents(count: int, words: tuple[str, ...], folder: Path) -> list[subprocess.
         subprocess.Popen(
             command,
             cwd=folder,
-            env=environment | {"OMP_NUM_THREADS": "1"},
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -27,7 +27,8 @@ def run(models: Path, pictures: Path, out: Path) -> None:
     """Learns every case in process groups of SIZES; results are written to `out`."""
     words = [models, pictures, out, *SIZES]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    environment |= {"PYTHONPATH": str(Path(learning.__file__).parent), "OMP_NUM_THREADS": "1"}
+    support = [str(Path(learning.__file__).parent), *filter(None, [os.getenv("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(support)
     done = subprocess.run(
         [sys.executable, learning.__file__, *map(str, words)],
         env=environment,

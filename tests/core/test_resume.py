@@ -1,5 +1,6 @@
 """A run that was interrupted goes on as if it had not been, or says why it cannot."""
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,21 @@ def test_a_run_that_died_in_a_step_repeats_it(
     assert len(step_lines(tmp_path / "run")) == 2  # step 3's were still under way
     train(config, world, quiet=True)
     assert_equal_runs(tmp_path / "run", whole)
+
+
+def test_a_full_disk_costs_only_the_steps_since_the_last_checkpoint(
+    whole: Path, half: Path, world: World, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "state.json")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("speciarl.core.checkpoint.write_manifest", full)
+        with pytest.raises(CheckpointError, match=r"step-3 was not saved: .*No space left"):
+            train(configure(half), world, quiet=True)
+    assert {path.name for path in (half / "checkpoints").iterdir()} == {"step-1", "step-2"}
+    train(configure(half), world, quiet=True)
+    assert_equal_runs(half, whole)
 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_again(

@@ -12,6 +12,7 @@ from speciarl.core.config import Config
 from speciarl.core.parts import build
 from speciarl.core.sft import sft
 from speciarl.core.supervised import Supervised
+from speciarl.core.train import train
 from speciarl.core.trainer import TrainingStopped
 from speciarl.core.world import World
 
@@ -34,7 +35,7 @@ def two_labels(toy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def configure(toy_root: Path, toy_model_dir: Path, two_labels: Path) -> Configure:
     """Six images of two labels, no evaluation: configure(out, *words)."""
     table = {"format": "folder", "path": two_labels, "split": "all"}
-    words = [f"data.{use}.birds.{key}={value}" for use in ("train",) for key, value in table.items()]
+    words = [f"data.train.birds.{key}={value}" for key, value in table.items()]
     words += ["data.eval.birds=none", "data.eval.flowers=none", "rollout.max_new_tokens=8"]
     words += ["train.prompts=4", "train.mini_batch=4"]
     return lambda out, *more: run_config(toy_root, toy_model_dir, out, *words, *more)
@@ -97,8 +98,9 @@ def test_it_teaches_and_exports(
         "taxonomy": toy_root / "taxonomy.json",
     }
     words = [f"data.eval.birds.{key}={value}" for key, value in tables.items()]
-    words += ["train.steps=24", "optim.lr=3e-3", "train.save_every=0"]
-    out = sft(configure(tmp_path / "run", *words, "data.eval.birds.k=0"), world, quiet=True)
+    words += ["data.eval.birds.k=0", f"data.train.birds.taxonomy={toy_root / 'taxonomy.json'}"]
+    taught = ("train.steps=24", "optim.lr=3e-3", "train.save_every=0")
+    out = sft(configure(tmp_path / "run", *words, *taught), world, quiet=True)
     logged = step_lines(out)
     losses = [line["policy/loss"] for line in logged]
     assert losses[0] > 5 and max(losses[-4:]) < 0.3
@@ -113,14 +115,17 @@ def test_it_teaches_and_exports(
     assert {row["finish"][0] for row in rows} == {"stop"}
     model = AutoModelForImageTextToText.from_pretrained(out / "model", dtype=torch.float32)
     weights = stored(out, 24)
-    for name, tensor in model.state_dict().items():
-        if f"policy.{name}" in weights:
-            assert torch.equal(tensor, weights[f"policy.{name}"])
+    for name, tensor in model.named_parameters():
+        assert torch.equal(tensor, weights[f"policy.{name}"])
+
+    # What was taught can be reinforced, and the true judge finds right answers in it.
+    config = configure(tmp_path / "reinforced", f"model.path={out / 'model'}", *words)
+    reinforced = step_lines(train(config, world, quiet=True))
+    assert all(line["rate/specific"] > 0.3 and line["rate/format"] < 0.3 for line in reinforced)
+    assert all(line["policy/mismatch_max"] < 1e-4 for line in reinforced)
 
 
-def test_it_resumes_to_the_same_weights(
-    configure: Configure, world: World, tmp_path: Path
-) -> None:
+def test_it_resumes_to_the_same_weights(configure: Configure, world: World, tmp_path: Path) -> None:
     whole = sft(configure(tmp_path / "whole"), world, quiet=True)
     sft(configure(tmp_path / "half", "train.steps=1"), world, quiet=True)
     half = sft(configure(tmp_path / "half"), world, quiet=True)

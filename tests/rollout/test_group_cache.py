@@ -46,7 +46,7 @@ def test_attention_equals_every_row_alone(lengths: tuple[int, ...], dtype: torch
     cache.store(0, keys[:2], values[:2])
     cache.place(2)
     cache.store(0, keys[2:, :, : lengths[2]], values[2:, :, : lengths[2]])
-    cache.open(np.arange(3), QUERY_HEADS)
+    cache.open(QUERY_HEADS, width=5)
     exact = [Exact(keys[p, :, : lengths[p]], values[p, :, : lengths[p]]) for p in range(3)]
     taken = {0: [0, 0, 1, 1, 1, 1, 2], 3: [0, 2, 3, 5, 6], 5: [0, 0, 1, 2, 2, 2, 3, 4, 4],
              66: [2, 3, 7], 68: [0, 2, 2], 69: [1]}  # fmt: skip
