@@ -1,4 +1,4 @@
-"""Attention over a packed row: many sequences side by side, none sees another.
+"""Attention over a packed row: many sequences side by side, none sees a stranger.
 
 Registered with transformers under a name of our own, so that the model's code stays
 transformers' own. The name must not contain "flash": transformers would then take the path of
@@ -8,8 +8,6 @@ that library.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,63 +16,46 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
+from speciarl.core.packing import Block, Packing
+
 NAME = "speciarl_packed"
 
 
-@dataclass(frozen=True, eq=False)
-class Packing:
-    """Where each sequence lies in the packed row.
-
-    cu_seqlens: [S+1] int32 on the device. pad: [S * longest] int64, the row position of each
-    slot of the padded square (slots past a sequence's end repeat position 0; causality keeps
-    them out of sight). unpad: [T] int64, the slot of each row position.
-    """
-
-    cu_seqlens: Tensor
-    pad: Tensor
-    unpad: Tensor
-    count: int
-    longest: int
-
-
-def packing(lengths: Sequence[int], device: torch.device) -> Packing:
-    """Index tensors for sequences of these lengths, made on the host, moved once."""
-    count, longest = len(lengths), max(lengths)
-    size = torch.tensor(lengths)
-    starts = F.pad(size.cumsum(0), (1, 0))
-    slot = torch.arange(longest).expand(count, longest)
-    inside = slot < size[:, None]
-    pad = torch.where(inside, starts[:-1, None] + slot, 0).reshape(-1)
-    unpad = inside.reshape(-1).nonzero().squeeze(1)
-    return Packing(
-        cu_seqlens=starts.to(torch.int32).to(device, non_blocking=True),
-        pad=pad.to(device, non_blocking=True),
-        unpad=unpad.to(device, non_blocking=True),
-        count=count,
-        longest=longest,
-    )
-
-
 def _padded(q: Tensor, k: Tensor, v: Tensor, at: Packing, scale: float | None) -> Tensor:
-    """[T, heads, D] through torch's SDPA as a right-padded causal square."""
+    """[T, heads, D] through torch's SDPA, a rectangle for the prompts and one for completions."""
 
-    def square(x: Tensor) -> Tensor:
-        x = x.index_select(0, at.pad).view(at.count, at.longest, *x.shape[1:])
+    def rectangle(x: Tensor, where: Tensor, block: Block) -> Tensor:
+        x = x.index_select(0, where).view(block.segments, -1, *x.shape[1:])
         return x.transpose(1, 2)
 
-    out = F.scaled_dot_product_attention(
-        square(q), square(k), square(v), is_causal=True, scale=scale, enable_gqa=True
-    )
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, at.unpad)
+    outs = []
+    for block in at.blocks:
+        keys, values = (rectangle(x, block.k_at, block) for x in (k, v))
+        out = F.scaled_dot_product_attention(
+            rectangle(q, block.q_at, block),
+            keys,
+            values,
+            attn_mask=block.mask,
+            is_causal=block.mask is None,
+            scale=scale,
+            enable_gqa=True,
+        )
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs).index_select(0, at.unpad)
+
+
+def _gathered(k: Tensor, v: Tensor, at: Packing) -> tuple[Tensor, Tensor]:
+    """Keys and values of all segments. Indexing, whose gradient is summed in a fixed order."""
+    return (k, v) if at.keys is None else (k[at.keys], v[at.keys])
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, at: Packing, scale: float | None) -> Tensor:
     """[T, heads, D] through the flash-attn package."""
     from flash_attn import flash_attn_varlen_func
 
-    cu, longest = at.cu_seqlens, at.longest
+    k, v = _gathered(k, v, at)
     return flash_attn_varlen_func(
-        q, k, v, cu, cu, longest, longest, softmax_scale=scale, causal=True
+        q, k, v, at.cu_q, at.cu_k, at.longest_q, at.longest_k, softmax_scale=scale, causal=True
     )
 
 
@@ -82,6 +63,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, at: Packing, scale: float | None) -
     """[T, heads, D] through torch's own varlen kernel (CUDA, half precision)."""
     from torch.nn.attention.varlen import varlen_attn
 
+    k, v = _gathered(k, v, at)
     known = inspect.signature(varlen_attn).parameters
     # torch 2.10 takes is_causal, 2.12 and later a window; grouped heads only with the latter.
     causal: dict[str, Any] = (
@@ -93,8 +75,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, at: Packing, scale: float | None) -
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     if "scale" in known:
         causal["scale"] = scale
-    cu, longest = at.cu_seqlens, at.longest
-    out: Any = varlen_attn(q, k, v, cu, cu, longest, longest, **causal)
+    out: Any = varlen_attn(q, k, v, at.cu_q, at.cu_k, at.longest_q, at.longest_k, **causal)
     return out
 
 

@@ -35,9 +35,20 @@ class Sample:
 
     example: Example
     completion: Completion
-    cost: int
+    group: int
+    prompt_tokens: int
     slot: int
     weight: float
+
+    @property
+    def own(self) -> int:
+        """Tokens in the row after the prompt: the last is predicted, never read."""
+        return len(self.completion.ids) - 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the sequence with its prompt."""
+        return self.prompt_tokens + self.own
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,7 @@ class Learned:
     """What one step's learning leaves on the device, to be read later.
 
     stats [len(STATS)] summed over updates and ranks (the maximum last); norms and skipped [U].
+    tokens: of all sequences, a prompt counted for each of its samples.
     """
 
     stats: Tensor
@@ -133,7 +145,8 @@ class Learner:
                 Sample(
                     groups[g].example,
                     groups[g].completions[i],
-                    groups[g].prompt_tokens + len(groups[g].completions[i].ids) - 1,
+                    g,
+                    groups[g].prompt_tokens,
                     g * width + i,
                     weight,
                 )
@@ -141,9 +154,13 @@ class Learner:
                 if live[g] or self.spec.kl_coef or self.spec.entropy_coef
             ]
             if sequences:
-                costs = [s.cost for s in sequences]
-                micro = plan(costs, self.world.size, self.token_budget)[self.world.rank]
-                out.append(MiniBatch(sequences, micro))
+                micro = plan(
+                    [s.own for s in sequences],
+                    self.world.size,
+                    self.token_budget,
+                    [(s.group, s.prompt_tokens) for s in sequences],
+                )
+                out.append(MiniBatch(sequences, micro[self.world.rank]))
         return out
 
     def learn(self, groups: Sequence[JudgedGroup], lr_of: Callable[[int], float]) -> Learned | None:
@@ -177,7 +194,7 @@ class Learner:
             norm, bad = self.optimizer.step(lr_of(index))
             norms.append(norm)
             skipped.append(bad)
-        tokens = sum(s.cost for mini in minis for s in mini.sequences)
+        tokens = sum(s.tokens for mini in minis for s in mini.sequences)
         return Learned(self._reduced(stats), torch.stack(norms), torch.stack(skipped), tokens)
 
     def _reduced(self, stats: list[Tensor]) -> Tensor:
@@ -193,7 +210,7 @@ class Learner:
         """A micro-batch's sequences and their scale: an empty one runs the cheapest, times 0."""
         if micro:
             return [mini.sequences[i] for i in micro], 1.0
-        return [min(mini.sequences, key=lambda s: s.cost)], 0.0
+        return [min(mini.sequences, key=lambda s: s.tokens)], 0.0
 
     def _pack(self, chosen: Sequence[Sample]) -> PackedBatch:
         items = []

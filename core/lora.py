@@ -22,8 +22,12 @@ def add_lora(model: Any, rank: int, alpha: float) -> None:
     text = model.model.language_model
     prefix = next(name for name, module in model.named_modules() if module is text)
     targets = [f"{prefix}.{n}" for n, m in text.named_modules() if isinstance(m, nn.Linear)]
-    config = LoraConfig(r=rank, lora_alpha=alpha,  # type: ignore[arg-type]
-        target_modules=targets, lora_dropout=0.0)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        target_modules=targets,
+        lora_dropout=0.0,
+    )
     inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name)

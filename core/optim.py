@@ -35,8 +35,12 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"schedule={self.schedule!r}: one of constant, cosine")
-        if self.lr <= 0 or self.eps <= 0 or self.grad_clip < 0 or self.weight_decay < 0:
-            raise ValueError("lr and eps must be positive, grad_clip and weight_decay not negative")
+        numbers = (self.lr, self.eps, self.grad_clip, self.weight_decay)
+        if min(self.lr, self.eps) <= 0 or min(numbers) < 0 or not all(map(math.isfinite, numbers)):
+            raise ValueError(
+                f"lr={self.lr}, eps={self.eps}, grad_clip={self.grad_clip}, weight_decay="
+                f"{self.weight_decay}: finite, lr and eps positive, the others not negative"
+            )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas}: two numbers in [0, 1)")
         if self.warmup < 0 or self.max_nonfinite < 1:

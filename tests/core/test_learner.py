@@ -76,7 +76,7 @@ def test_groups_without_signal_cost_nothing_but_count(planner: Learner, tiny: Ti
     assert mini.sequences[0].weight == 1 / sum(len(c.ids) for c in scored)
     for sequence in mini.sequences:
         prompt = len(tiny.prompt(sequence.example).input_ids)
-        assert sequence.cost == prompt + len(sequence.completion.ids) - 1
+        assert sequence.tokens == prompt + len(sequence.completion.ids) - 1
 
 
 def test_a_kl_term_moves_groups_without_signal(tiny: Tiny, world: World) -> None:

@@ -206,7 +206,7 @@ def test_run_record(tmp_path: Path) -> None:
 
 
 def test_facts_show_what_is_known() -> None:
-    rows = facts(STEP | {"time/other": 0.15, "eval/birds/hm": 0.5, "policy/loss": 1.0})
+    rows = facts(STEP | {"time/other": 0.15, "eval/birds/hm": 0.5, "policy/unknown": 1.0})
     assert [text for _, text in rows] == [*SHOWN, "birds/hm 0.500"]
     assert facts({"rate/wrong": float("nan")}) == [("answers", "W nan%")]
     assert facts({}) == []

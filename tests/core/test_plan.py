@@ -79,9 +79,51 @@ def test_short_sequences_are_balanced_to_ten_percent(ranks: int, data: st.DataOb
 def test_an_example_by_hand() -> None:
     # Shares of 10: midpoints 2, 5.5, 9 | 12, 16, 19. The 7 is over the budget of 6.
     assert plan([4, 3, 4, 2, 6, 1], ranks=2, budget=7) == [[(0, 1), (2,)], [(3,), (4, 5)]]
-    assert fill([0, 1, 2], [2, 7, 2], budget=6) == [(0,), (1,), (2,)]
+    apart = [(0, 0), (1, 0), (2, 0)]
+    assert fill([0, 1, 2], [2, 7, 2], 6, apart) == [(0,), (1,), (2,)]
     assert plan([5], ranks=3, budget=9) == [[()], [(0,)], [()]]
     assert plan([], ranks=2, budget=9) == [[], []]
+
+
+groups = st.lists(
+    st.tuples(st.integers(1, 300), st.lists(st.integers(0, 200), min_size=1, max_size=8)),
+    min_size=1,
+    max_size=12,
+)
+
+
+def computed(costs: list[int], prompts: list[tuple[int, int]], part: MicroBatch) -> int:
+    """Tokens of a micro-batch: own tokens, and each prompt once."""
+    return sum(costs[i] for i in part) + sum(dict(prompts[i] for i in part).values())
+
+
+@settings(deadline=None)
+@given(groups, any_ranks, any_budget)
+def test_a_shared_prompt_costs_once_in_a_micro_batch(
+    drawn: list[tuple[int, list[int]]], ranks: int, budget: int
+) -> None:
+    costs = [own for _, owns in drawn for own in owns]
+    prompts = [(g, prompt) for g, (prompt, owns) in enumerate(drawn) for _ in owns]
+    planned = plan(costs, ranks, budget, prompts)
+    parts = [part for micro in planned for part in micro]
+    assert [i for part in parts for i in part] == list(range(len(costs)))
+    assert len({len(micro) for micro in planned}) == 1
+    for part in parts:
+        assert computed(costs, prompts, part) <= budget or len(part) == 1
+    # A rank's share of the work, each prompt's cost spread over its samples, and one prompt more
+    # where a group is cut: at most the mean and the longest single sequence with its prompt.
+    sizes = [len(drawn[g][1]) for g, _ in prompts]
+    spread = [c + n / size for c, (_, n), size in zip(costs, prompts, sizes, strict=True)]
+    mean = sum(spread) / ranks
+    for micro in planned:
+        assert sum(spread[i] for part in micro for i in part) <= mean + max(spread) + 1e-6
+
+
+def test_sharing_saves_the_prompt() -> None:
+    prompts = [(0, 10)] * 4 + [(1, 10)] * 4
+    assert plan([1] * 8, 1, 28, prompts) == [[tuple(range(8))]]
+    assert plan([11] * 8, 1, 28) == [[(0, 1), (2, 3), (4, 5), (6, 7)]]
+    assert plan([1] * 8, 1, 12, prompts) == [[(0, 1), (2, 3), (4, 5), (6, 7)]]
 
 
 @pytest.mark.parametrize(
