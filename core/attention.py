@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
-from speciarl.core.packing import Block, Packing
+from speciarl.core.packing import Block, Packing, packing
 
 NAME = "speciarl_packed"
 
@@ -98,6 +98,28 @@ def _importable(name: str) -> bool:
     except ImportError:
         return False
     return True
+
+
+def check_route(route: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Compares a route with the padded one on a small row; done once, before training.
+
+    Raises:
+        RuntimeError: they differ by more than rounding; the message names the setting.
+    """
+    trees = [(37, [5, 0, 64, 1]), (2, []), (70, [33, 33])]
+    at = packing(trees, device)
+    draw = torch.Generator().manual_seed(0)
+    total = sum(prompt + sum(own) for prompt, own in trees)
+    q, k, v = (
+        torch.randn(total, heads, 64, generator=draw).to(device, dtype) for heads in (8, 2, 2)
+    )
+    found = ROUTES[route](q, k, v, at, 0.125).float()
+    wanted = _padded(q.float(), k.float(), v.float(), at, 0.125)
+    error = float((found - wanted).abs().max())
+    if not error < (1e-4 if dtype == torch.float32 else 3e-2):
+        raise RuntimeError(
+            f"attention route {route!r} is wrong by {error:.3g} here: set model.attention=sdpa"
+        )
 
 
 def packed_attention(

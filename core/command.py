@@ -22,7 +22,7 @@ Examples:
   torchrun core/train.py --set train.steps=20 --set train.out=runs/short
   torchrun --nproc-per-node 8 core/train.py --preset cub-qwen2.5-vl-7b-lora
   torchrun core/train.py --preset cub-qwen2.5-vl-3b --print-config > mine.toml
-  torchrun core/train.py --preset "" --config mine.toml""",
+  torchrun core/train.py --config mine.toml""",
     "evaluate": """\b
 Examples:
   torchrun core/evaluate.py --model runs/toyworld/model
@@ -40,12 +40,12 @@ def announce(command: str) -> str:
     return EXAMPLES[command]
 
 
-def configured(preset: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def configured(default: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Adds --preset, --config, --set, --print-config and --help-config to a command."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @click.option(
-            "--preset", default=preset, show_default=True, help='Named settings; "" none.'
+            "--preset", help=f"Named settings. Default: {default}, or none where --config is given."
         )
         @click.option(
             "--config",
@@ -60,7 +60,7 @@ def configured(preset: str) -> Callable[[Callable[..., None]], Callable[..., Non
         @click.option("--help-config", is_flag=True, help="Explain every setting and stop.")
         @functools.wraps(command)
         def run(
-            preset: str,
+            preset: str | None,
             file: Path | None,
             sets: tuple[str, ...],
             print_config: bool,
@@ -71,7 +71,8 @@ def configured(preset: str) -> Callable[[Callable[..., None]], Callable[..., Non
                 click.echo(describe(Config))
                 return
             try:
-                config = load_config(preset, file, sets)
+                base = ("" if file else default) if preset is None else preset
+                config = load_config(base, file, sets)
             except SettingsError as error:
                 raise click.ClickException(str(error)) from None
             if print_config:

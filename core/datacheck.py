@@ -54,7 +54,7 @@ def _unknown_labels(examples: Sequence[Example], path: str) -> list[str]:
 
 
 @click.command()
-@configured(preset="toyworld")
+@configured(default="toyworld")
 def main(config: Config) -> None:
     """Open every image, look up every label.
 

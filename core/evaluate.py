@@ -92,7 +92,7 @@ def show(result: Report, skipped: dict[str, str], out: Path) -> None:
 
 
 @click.command(epilog=announce("evaluate"))
-@configured(preset="toyworld")
+@configured(default="toyworld")
 @click.option("--model", default="", help="Checkpoint folder or hub name; over model.path.")
 @click.option(
     "--out",

@@ -130,6 +130,8 @@ def global_norm(parameters: list[nn.Parameter]) -> Tensor:
     first = next(p.grad for p in parameters if p.grad is not None)
     if isinstance(first, DTensor):
         mesh = first.device_mesh
+        if mesh.size() == 1:
+            return square.sqrt()
         if square.device.type != mesh.device_type:
             square = square.to(mesh.device_type)
         torch.distributed.all_reduce(square, group=mesh.get_group())

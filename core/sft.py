@@ -31,7 +31,7 @@ def sft(config: Config, world: World, *, quiet: bool = False) -> Path:
 
 
 @click.command(epilog=announce("sft"))
-@configured(preset="toyworld-sft")
+@configured(default="toyworld-sft")
 @click.option("--quiet", is_flag=True, help="No progress display.")
 def main(config: Config, quiet: bool) -> None:
     """Fine-tune on (image, label) pairs: the paper's SFT baseline, and the toy base policy."""

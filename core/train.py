@@ -31,7 +31,7 @@ def train(config: Config, world: World, *, quiet: bool = False) -> Path:
 
 
 @click.command(epilog=announce("train"))
-@configured(preset="toyworld")
+@configured(default="toyworld")
 @click.option("--quiet", is_flag=True, help="No progress display.")
 def main(config: Config, quiet: bool) -> None:
     """Train with the SpeciaRL reward. Without arguments: the toy world, on any machine.

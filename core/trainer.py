@@ -84,6 +84,8 @@ class Trainer:
         groups, timing = self.collect()
         self.check_versions(groups)
         self.recent.append(input_rows(self.progress.step, groups))
+        if self.config.rollout.sleep:
+            self.parts.engine.sleep()
         learning = time.perf_counter()
         learned = self.parts.learner.learn(groups, self.rate)
         self.settle()
@@ -172,6 +174,8 @@ class Trainer:
 
     def push(self) -> None:
         """New weights to the engine, stamped with the step that samples from them."""
+        if self.config.rollout.sleep:
+            self.parts.engine.wake()
         self.parts.engine.load_weights(
             self.parts.policy.named_weights(), version=self.progress.step
         )

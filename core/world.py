@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import Callable
@@ -126,5 +127,6 @@ def init_world(threads: int = 0, device: str = "auto") -> World:
 def leave_world() -> None:
     """Leaves the process group, if this process is in one."""
     if dist.is_initialized():
+        gc.collect()  # sharded modules that outlive the group can abort the interpreter's exit
         _HOST_GROUP.clear()
         dist.destroy_process_group()

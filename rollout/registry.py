@@ -22,6 +22,8 @@ class RolloutConfig:
     """Sampling temperature; log-probs are taken at the same temperature."""
     max_new_tokens: int = 2048
     """Length limit of a completion."""
+    sleep: bool = False
+    """Frees the engine's weights while the policy learns: less memory, a slower push."""
     max_rows: int = 256
     """Completions decoded at once."""
 
@@ -41,7 +43,7 @@ class RolloutConfig:
 def _native(model: Any, config: RolloutConfig, **tokens: Any) -> RolloutEngine:
     from speciarl.rollout.native import NativeEngine
 
-    return NativeEngine(model, max_rows=config.max_rows, **tokens)
+    return NativeEngine(model, max_rows=config.max_rows, keep_weights=not config.sleep, **tokens)
 
 
 ENGINES: dict[str, Callable[..., RolloutEngine]] = {"native": _native}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Models are tiny here, and tests run side by side: more threads would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -15,6 +16,10 @@ torch.set_num_threads(1)
 # Helpers that tests import and that processes started by tests import too.
 SUPPORT = Path(__file__).parent / "support"
 sys.path.insert(0, str(SUPPORT))
+
+
+settings.register_profile("same-every-time", derandomize=True, deadline=None)
+settings.load_profile("same-every-time")
 
 
 @pytest.fixture(scope="session")

@@ -145,7 +145,9 @@ def test_printed_settings_read_back_with_later_ones_over_earlier(tmp_path: Path,
     assert changed == ["lr = 0.125"]
     (tmp_path / "small.toml").write_text("[train]\nkeep = 7\n")
     words = ["--config", str(tmp_path / "small.toml"), "--print-config"]
-    over_preset = CliRunner().invoke(train.main, words).output
+    alone = CliRunner().invoke(train.main, words).output
+    assert "keep = 7\n" in alone and 'toyworld = ""\n' in alone
+    over_preset = CliRunner().invoke(train.main, [*words, "--preset", "toyworld"]).output
     assert "keep = 7\n" in over_preset and 'toyworld = "data/toyworld"\n' in over_preset
 
 
