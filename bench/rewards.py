@@ -65,6 +65,8 @@ def run(rule: str, seed: int, steps: int, out: Path, sets: Sequence[str]) -> Pat
         f"train.steps={steps}",
         f"train.out={folder}",
         "train.threads=1",
+        "train.save_every=40",
+        "evaluation.every=0",
         *sets,
     ]
     command = [sys.executable, str(TRAIN), *(w for s in settings for w in ("--set", s))]

@@ -6,6 +6,7 @@ import os
 import pty
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,8 @@ def test_a_resume_cuts_what_comes_after_its_checkpoint(tmp_path: Path) -> None:
                 run.log(step, {"eval/hm": 0.4})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "loss": 1')  # cut short by a kill
+    # Event files are read by name: the second of their creation, then a counter as text.
+    time.sleep(1.1)
     with monitor(tmp_path, start_step=4) as run:
         run.log(4, {"eval/hm": 0.4, "eval/new": 1.0})
         for step in (5, 6):
