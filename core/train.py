@@ -11,17 +11,22 @@ from speciarl.core.config import Config
 from speciarl.core.world import World
 
 
-def train(config: Config, world: World, *, quiet: bool = False) -> Path:
-    """A whole run; returns its folder. The final model is in `model/` below it."""
+def train(config: Config, world: World, *, supervised: bool = False, quiet: bool = False) -> Path:
+    """A whole run; returns its folder. The final model is in `model/` below it.
+
+    Args:
+        supervised: teach the training labels instead of rewarding samples.
+        quiet: no progress display.
+    """
     from speciarl.core.parts import build
     from speciarl.core.report import final_table
+    from speciarl.core.supervised import Supervised
     from speciarl.core.trainer import Trainer, seed_everything
 
     seed_everything(config.train.seed)
-    parts = build(config, world, quiet=quiet)
+    parts = build(config, world, supervised=supervised, quiet=quiet)
     try:
-        trainer = Trainer(config, world, parts)
-        trainer.run()
+        (Supervised if supervised else Trainer)(config, world, parts).run()
         folder = parts.export()
         final_table(parts.monitor, parts.out, config.train.steps)
         parts.monitor.message(f"model: {folder}")

@@ -10,7 +10,6 @@ from transformers import AutoModelForImageTextToText
 
 from speciarl.core.config import Config
 from speciarl.core.parts import build
-from speciarl.core.sft import sft
 from speciarl.core.supervised import Supervised
 from speciarl.core.train import train
 from speciarl.core.trainer import TrainingStopped
@@ -100,7 +99,7 @@ def test_it_teaches_and_exports(
     words = [f"data.eval.birds.{key}={value}" for key, value in tables.items()]
     words += ["data.eval.birds.k=0", f"data.train.birds.taxonomy={toy_root / 'taxonomy.json'}"]
     taught = ("train.steps=24", "optim.lr=3e-3", "train.save_every=0")
-    out = sft(configure(tmp_path / "run", *words, *taught), world, quiet=True)
+    out = train(configure(tmp_path / "run", *words, *taught), world, supervised=True, quiet=True)
     logged = step_lines(out)
     losses = [line["policy/loss"] for line in logged]
     assert losses[0] > 5 and max(losses[-4:]) < 0.3
@@ -126,9 +125,9 @@ def test_it_teaches_and_exports(
 
 
 def test_it_resumes_to_the_same_weights(configure: Configure, world: World, tmp_path: Path) -> None:
-    whole = sft(configure(tmp_path / "whole"), world, quiet=True)
-    sft(configure(tmp_path / "half", "train.steps=1"), world, quiet=True)
-    half = sft(configure(tmp_path / "half"), world, quiet=True)
+    whole = train(configure(tmp_path / "whole"), world, supervised=True, quiet=True)
+    train(configure(tmp_path / "half", "train.steps=1"), world, supervised=True, quiet=True)
+    half = train(configure(tmp_path / "half"), world, supervised=True, quiet=True)
     assert_same(stored(half, 3), stored(whole, 3))
 
 
@@ -136,7 +135,7 @@ def test_one_update_a_step_whatever_the_mini_batch(
     configure: Configure, world: World, tmp_path: Path
 ) -> None:
     words = ("train.mini_batch=2", "optim.schedule=cosine")
-    out = sft(configure(tmp_path / "run", *words), world, quiet=True)
+    out = train(configure(tmp_path / "run", *words), world, supervised=True, quiet=True)
     assert json_of(out / "checkpoints" / "step-3" / "state.json")["updates"] == 3
     assert step_lines(out)[-1]["optim/lr"] == pytest.approx(1e-4)  # a tenth of the peak
 
@@ -150,7 +149,7 @@ def test_labels_need_no_taxonomy_entry_to_be_taught(
         (tmp_path / "mine" / label / "1.jpg").symlink_to(image)
     words = [f"data.train.birds.path={tmp_path / 'mine'}", "train.prompts=2", "train.mini_batch=2"]
     words += [f"data.train.birds.taxonomy={toy_root / 'taxonomy.json'}", "train.steps=1"]
-    sft(configure(tmp_path / "run", *words), world, quiet=True)
+    train(configure(tmp_path / "run", *words), world, supervised=True, quiet=True)
     assert len(step_lines(tmp_path / "run")) == 1
 
 
