@@ -91,7 +91,7 @@ def open_judge(
             f"[data] table ({', '.join(tables) or 'there is none'})"
         )
     judge = make_judge(config.kind, taxonomy=files)
-    judge.check(truths)  # type: ignore[attr-defined]
+    judge.check(truths)
     return judge
 
 

@@ -1,6 +1,6 @@
 """What every judge speaks: pairs in, verdicts out. A judge is chosen by name (registry.py)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -49,6 +49,10 @@ class Judge(Protocol):
     """
 
     identity: str
+
+    def check(self, truths: Iterable[str]) -> None:
+        """Raise ValueError naming the labels that could never be judged; asked before a run."""
+        ...
 
     def grade(self, pairs: Sequence[Pair]) -> list[Verdict]:
         """One verdict per pair, in order. A pair that cannot be judged gets category None."""
