@@ -13,7 +13,7 @@ EXTRAS = {
     "flash-attn": ["flash-attn>=2.7"],
     "sglang": ["sglang>=0.5.17"],
     "lora": ["peft>=0.17"],
-    "peers": ["trl>=0.25"],
+    "peers": ["trl>=1.16"],
 }
 EXTRAS["dev"] = EXTRAS["lora"] + [
     "pytest>=8",

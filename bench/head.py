@@ -212,7 +212,7 @@ def environment(device: str) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "platform": platform.platform(),
+        "platform": platform.machine(),
         "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(),
         "threads": torch.get_num_threads(),
     }
