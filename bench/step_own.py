@@ -17,8 +17,8 @@ from speciarl.core.learner import Learned
 from speciarl.core.parts import Parts, build
 from speciarl.core.policy import Policy
 from speciarl.core.stream import PromptStore, PromptStream
-from speciarl.core.trainer import Trainer, seed_everything
-from speciarl.core.world import World
+from speciarl.core.trainer import Trainer
+from speciarl.core.world import World, seed_everything
 from speciarl.kernels.codes import S, W
 from speciarl.rollout.engine import Group
 

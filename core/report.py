@@ -14,6 +14,7 @@ from speciarl.core.config import Config
 from speciarl.core.learner import Learned
 from speciarl.core.metrics import Report, Tally
 from speciarl.core.monitor import Monitor
+from speciarl.core.settings import differences, to_dict
 from speciarl.core.world import World
 from speciarl.kernels.codes import NAMES
 from speciarl.kernels.loss import STATS
@@ -158,6 +159,15 @@ def input_rows(step: int, groups: Sequence[JudgedGroup]) -> list[dict[str, Any]]
 
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def changed_settings(out: Path, config: Config) -> list[str]:
+    """What differs from the settings that the run folder records."""
+    record = out / "config.json"
+    if not record.exists():
+        return []
+    now = json.loads(json.dumps(to_dict(config)))
+    return differences(json.loads(record.read_text()), now)
 
 
 def final_table(monitor: Monitor, out: Path, last: int) -> None:

@@ -20,6 +20,7 @@ from speciarl.core.settings_schema import (
     Key,
     default_of,
     describe,
+    differences,
     dotted,
     inline,
     is_tables,
@@ -31,7 +32,7 @@ from speciarl.core.settings_schema import (
     without_none,
 )
 
-__all__ = ["SettingsError", "describe", "load", "preset_path", "to_dict", "to_toml"]
+__all__ = ["SettingsError", "describe", "differences", "load", "preset_path", "to_dict", "to_toml"]
 
 T = TypeVar("T")
 Tree = dict[str, Any]  # str -> Tree | _Leaf

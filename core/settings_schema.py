@@ -60,6 +60,18 @@ def to_dict(settings: Any) -> dict[str, Any]:
     return {name: _plain(getattr(settings, name)) for name in schema(settings.__class__)}
 
 
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> list[str]:
+    """ "section.key: old -> new" for every value that differs between two `to_dict`s."""
+    out = []
+    for name in {**before, **now}:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            out += differences(old, new, f"{at}{name}.")
+        elif old != new:
+            out.append(f"{at}{name}: {old!r} -> {new!r}")
+    return out
+
+
 def to_toml(settings: Any, *, comments: bool = False) -> str:
     """The settings as a TOML file that `load` reads back to an equal object.
 

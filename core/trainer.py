@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from speciarl.core.collect import JudgedGroup, Timing
@@ -18,7 +17,14 @@ from speciarl.core.examples import Example
 from speciarl.core.learner import Learned
 from speciarl.core.optim import learning_rate
 from speciarl.core.parts import Parts
-from speciarl.core.report import Deferred, evaluation_scalars, input_rows, sample_rows, step_scalars
+from speciarl.core.report import (
+    Deferred,
+    changed_settings,
+    evaluation_scalars,
+    input_rows,
+    sample_rows,
+    step_scalars,
+)
 from speciarl.core.world import World
 from speciarl.rollout.engine import Sampling
 
@@ -277,6 +283,8 @@ class Trainer:
         self.parts.stream.position = self.progress.position
         self.parts.stream.skipped = dict(self.progress.skipped_prompts)
         self.parts.monitor.message(f"resumed from step {found} of {self.config.train.steps}")
+        for change in changed_settings(self.parts.out, self.config):
+            self.parts.monitor.message(f"changed since the run was started: {change}")
 
     def evaluate(self) -> None:
         """Held-out metrics with the current weights, kept with the run."""
@@ -285,9 +293,3 @@ class Trainer:
             return
         metrics = self.parts.evaluate(self.progress.step)
         self.parts.monitor.log(self.progress.step, evaluation_scalars(metrics))
-
-
-def seed_everything(seed: int) -> None:
-    """Only what is random before training (adapters) comes from global generators."""
-    torch.manual_seed(seed)
-    np.random.seed(seed)

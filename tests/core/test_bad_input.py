@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import run_config, settings
 
+from runs import run_config, settings
 from speciarl.core.config import Config, load_config
 from speciarl.core.settings import SettingsError, load
 from speciarl.core.train import train

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import KINDS, Tiny, apart, plain_logprobs, plain_table
 from torch import Tensor, nn
 
 from speciarl.core.attention import best_route, packed_attention
@@ -16,6 +15,7 @@ from speciarl.core.packing import packing
 from speciarl.core.policy import ModelConfig, Policy, whole
 from speciarl.core.world import World
 from speciarl.rollout.engine import Prompt
+from tiny import KINDS, Tiny, apart, plain_logprobs, plain_table
 
 CPU = torch.device("cpu")
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from runs import lot, open_trainer, run_config, step_lines
 
+from runs import lot, open_trainer, run_config, step_lines
 from speciarl.core.collect import Collector, JudgedGroup, codes_matrix
 from speciarl.core.examples import Example
 from speciarl.core.trainer import Trainer

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from runs import json_of, lines, lot, settings, step_lines
 
+from runs import json_of, lines, lot, settings, step_lines
 from speciarl.core import command, evaluate, sft, train
 from speciarl.core.config import Config
 from speciarl.core.settings import load, to_toml

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import json_of, lines, lot, run_config
 
+from runs import json_of, lines, lot, run_config
 from speciarl.core import evaluation
 from speciarl.core.collect import Collector
 from speciarl.core.config import Config

@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from learning import CASES, KL, MIXED, SPARSE, Case, judged_groups, learner_of
-from tiny import Tiny
 
+from learning import CASES, KL, MIXED, SPARSE, Case, judged_groups, learner_of
 from speciarl.core.collect import codes_matrix
 from speciarl.core.learner import Learned, Learner
 from speciarl.core.objective import ObjectiveConfig
@@ -16,6 +15,7 @@ from speciarl.core.world import World
 from speciarl.kernels.codes import ABSENT, CODES, W
 from speciarl.kernels.loss import STATS
 from speciarl.kernels.reward import RULES, RewardSpec, best_of_n
+from tiny import Tiny
 
 NO_KL = ObjectiveConfig(kl_coef=0.0)
 

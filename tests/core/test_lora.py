@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import KINDS, LAYERS, Tiny, perturb, plain_logprobs
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
@@ -14,6 +13,7 @@ from speciarl.core.lora import adapters_off
 from speciarl.core.optim import OptimConfig, Optimizer
 from speciarl.core.policy import ModelConfig, Policy, whole
 from speciarl.core.world import World
+from tiny import KINDS, LAYERS, Tiny, perturb, plain_logprobs
 
 LINEAR_LAYERS = LAYERS * 7  # q, k, v, o, gate, up and down
 

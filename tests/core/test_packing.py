@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from speciarl.core.attention import _gathered, packed_attention
+from speciarl.core.attention import ROUTES, _gathered, check_route, packed_attention
 from speciarl.core.packing import Packing, packing
 
 CPU = torch.device("cpu")
@@ -76,3 +76,11 @@ def test_prompts_alone_need_no_gathered_keys(row: list[tuple[int, list[int]]]) -
     at = packing(row, CPU)
     assert at.keys is None and len(at.blocks) == 1
     assert at.cu_q.tolist() == at.cu_k.tolist()
+
+
+def test_a_wrong_route_is_found_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_route("sdpa", CPU, torch.float32)
+    right = ROUTES["sdpa"]
+    monkeypatch.setitem(ROUTES, "sdpa", lambda q, k, v, at, scale: right(q, k, v * 1.01, at, scale))
+    with pytest.raises(RuntimeError, match="'sdpa' is wrong by.*model.attention=sdpa"):
+        check_route("sdpa", CPU, torch.float32)

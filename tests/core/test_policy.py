@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import KINDS, Tiny, apart, perturb, plain_logprobs
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
@@ -13,6 +12,7 @@ from speciarl.core.batch import PackedBatch, pack
 from speciarl.core.policy import ModelConfig, Policy, whole
 from speciarl.core.prompts import PromptBuilder
 from speciarl.core.world import World
+from tiny import KINDS, Tiny, apart, perturb, plain_logprobs
 
 VISION = "model.visual."
 

@@ -9,15 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import learning
 import pytest
 import torch
-from learning import CASES, Case, by_hand
 from safetensors.torch import load_file
-from tiny import Tiny, apart
 from torch import Tensor
 
+import learning
+from learning import CASES, Case, by_hand
 from speciarl.kernels.loss import STATS
+from tiny import Tiny, apart
 
 SIZES = (1, 2, 4)
 TOLERANCE = 1e-5

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import assert_same, json_of, lines, lot, run_config, step_lines, stored
 
+from runs import assert_same, json_of, lines, lot, run_config, step_lines, stored
 from speciarl.core.checkpoint import CheckpointError
 from speciarl.core.config import Config
 from speciarl.core.learner import Learner
+from speciarl.core.report import changed_settings
 from speciarl.core.train import train
 from speciarl.core.world import World
 
@@ -82,6 +83,19 @@ def test_two_steps_then_two_more_are_four(
     earlier = json_of(half / "config.until-step-2.json")
     assert earlier["train"]["steps"] == 2
     assert json_of(half / "config.json")["train"]["steps"] == 4
+
+
+def test_an_engine_that_sleeps_while_the_policy_learns_changes_nothing(
+    half: Path, whole: Path, world: World, configure: Configure
+) -> None:
+    config = configure(half, "rollout.sleep=true")
+    assert changed_settings(half, config) == [
+        "train.steps: 2 -> 4",
+        "rollout.sleep: False -> True",
+    ]
+    train(config, world, quiet=True)
+    assert_equal_runs(half, whole)
+    assert changed_settings(half, config) == []
 
 
 def test_a_run_that_died_in_a_step_repeats_it(

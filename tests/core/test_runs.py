@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from runs import json_of, lines, lot, open_trainer, run_config, step_lines, stored
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from runs import json_of, lines, lot, open_trainer, run_config, step_lines, stored
 from speciarl.core.examples import load_examples
 from speciarl.core.prompts import PromptBuilder
 from speciarl.core.settings import to_dict

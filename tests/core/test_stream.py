@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from runs import json_of, lines, lot, run_config
 
+from runs import json_of, lines, lot, run_config
 from speciarl.core.examples import BadImage, DataTable, Example, load_examples
 from speciarl.core.prompts import PromptBuilder
 from speciarl.core.stream import DataConfig, PromptStore, PromptStream

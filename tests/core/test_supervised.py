@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same, json_of, lines, run_config, step_lines, stored
 from transformers import AutoModelForImageTextToText
 
+from runs import assert_same, json_of, lines, run_config, step_lines, stored
 from speciarl.core.config import Config
 from speciarl.core.parts import build
 from speciarl.core.supervised import Supervised

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import Tiny, perturb
 from torch import Tensor, nn
 
 from speciarl.rollout.engine import (
@@ -18,6 +17,7 @@ from speciarl.rollout.engine import (
     WeightsRefused,
 )
 from speciarl.rollout.native import NativeEngine
+from tiny import Tiny, perturb
 
 ROUTES = ("fused", "generic")
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import KINDS, Tiny
 from torch import Tensor
 
 from speciarl.rollout.engine import Prompt, Request, Rollout, Sampling
 from speciarl.rollout.native import NativeEngine
+from tiny import KINDS, Tiny
 
 ROUTES = ("fused", "generic")
 

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.multiprocessing
 from safetensors.torch import save_file
-from tiny import Tiny, perturb, plain_table
 from torch import Tensor
 
 from speciarl.core.batch import Item
@@ -30,6 +29,7 @@ from speciarl.core.policy import ModelConfig, Policy, whole
 from speciarl.core.world import World, free_port, init_world, leave_world
 from speciarl.kernels.codes import ABSENT, FORMAT, S_MINUS, S_PLUS, A, G, S, W
 from speciarl.kernels.reward import RewardSpec, best_of_n_numpy
+from tiny import Tiny, perturb, plain_table
 
 TEMPERATURE = 0.9
 LIMIT = 16

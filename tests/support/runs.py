@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from speciarl.core.config import Config
 from speciarl.core.parts import build
 from speciarl.core.settings import load
-from speciarl.core.trainer import Trainer, seed_everything
-from speciarl.core.world import World
+from speciarl.core.trainer import Trainer
+from speciarl.core.world import World, seed_everything
 
 Sets = dict[str, Any]
 
