@@ -74,6 +74,8 @@ def configured(default: str) -> Callable[[Callable[..., None]], Callable[..., No
                 base = ("" if file else default) if preset is None else preset
                 config = load_config(base, file, sets)
             except SettingsError as error:
+                if os.environ.get("RANK", "0") != "0":
+                    sys.exit(1)  # every rank finds the same; one says it
                 raise click.ClickException(str(error)) from None
             if print_config:
                 click.echo(to_toml(config, comments=True), nl=False)

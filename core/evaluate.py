@@ -21,8 +21,9 @@ def evaluate_model(config: Config, world: World, out: Path) -> Report:
 
     from speciarl.core.collect import Collector
     from speciarl.core.evaluation import Predictions, evaluate
+    from speciarl.core.inputs import open_data, open_judge
     from speciarl.core.modelcheck import model_record
-    from speciarl.core.parts import open_data, open_engine, open_judge, report_of, write_metrics
+    from speciarl.core.parts import open_engine, report_of, write_metrics
 
     settings, kind = config.evaluation, config.evaluation.judge
     if not config.data.eval:

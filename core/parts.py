@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,83 +17,20 @@ from speciarl.core.checkpoint import CheckpointStore, check_shared
 from speciarl.core.collect import Collector
 from speciarl.core.config import Config
 from speciarl.core.evaluation import Predictions, evaluate
-from speciarl.core.examples import DataTable, Example, load_union
+from speciarl.core.examples import Example
+from speciarl.core.inputs import Data, open_data, open_judge
 from speciarl.core.learner import Learner
 from speciarl.core.metrics import Report, best_of_k, report
-from speciarl.core.modelcheck import check_model
 from speciarl.core.monitor import Monitor
 from speciarl.core.optim import Optimizer
 from speciarl.core.policy import Policy, load_model
 from speciarl.core.prompts import PromptBuilder
-from speciarl.core.stream import PromptStore, PromptStream
-from speciarl.core.toyworld import ensure_toyworld
+from speciarl.core.stream import PromptStream
 from speciarl.core.world import World
-from speciarl.judge.base import Judge
-from speciarl.judge.registry import JudgeConfig, make_judge
 from speciarl.rollout.engine import Prompt, RolloutEngine
 from speciarl.rollout.registry import make_engine
 
-
-@dataclass
-class Data:
-    """Prompts and examples: training set and evaluation sets by name."""
-
-    builder: PromptBuilder
-    store: PromptStore
-    train: list[Example]
-    eval: dict[str, list[Example]]
-
-
-def open_data(config: Config, world: World, *, train: bool = True) -> Data:
-    """Reads every table (generating the toy world where it is wanted and missing).
-
-    Args:
-        train: read the training tables; evaluation alone does not need them.
-
-    Raises:
-        FileNotFoundError, ValueError: naming the model's or a table's missing file, or a table's
-            malformed line.
-    """
-    data = config.data
-    if train and not data.train:
-        raise ValueError("there is no [data.train.NAME] table: nothing to train on")
-    check_model(config.model)
-    if data.toyworld:
-        world.first(lambda: ensure_toyworld(Path(data.toyworld)))
-    try:
-        builder = PromptBuilder(
-            config.model.folder,
-            variant=data.variant,
-            instruction=data.instruction,
-            max_prompt_tokens=data.max_prompt_tokens,
-        )
-    except OSError as error:  # transformers does not always say what it looked for
-        raise OSError(f"model.path={config.model.path!r}: {error}") from error
-    return Data(
-        builder,
-        PromptStore(builder, data.cached_prompts),
-        load_union(data.train) if train else [],
-        {name: load_union({name: table}) for name, table in data.eval.items()},
-    )
-
-
-def open_judge(
-    config: JudgeConfig, tables: Mapping[str, DataTable], truths: Sequence[str]
-) -> Judge:
-    """The judge, checked against every label it will be asked about.
-
-    Raises:
-        ValueError: no taxonomy named, or labels without an entry in it.
-    """
-    files = sorted({table.taxonomy for table in tables.values() if table.taxonomy})
-    if not files:
-        raise ValueError(
-            f"judge kind {config.kind!r} needs a taxonomy: set taxonomy = FILE in a "
-            f"[data] table ({', '.join(tables) or 'there is none'})"
-        )
-    judge = make_judge(config.kind, taxonomy=files)
-    judge.check(truths)
-    return judge
+TELL_EVERY = 30.0  # seconds between signs of life of a long evaluation
 
 
 def open_engine(config: Config, world: World, builder: PromptBuilder) -> RolloutEngine:
@@ -154,11 +92,25 @@ class Parts:
             config.k,
             self.world,
             Predictions(folder, {"step": step, "k": config.k}, self.world),
+            self._tell(sum(map(len, self.data.eval.values())) // self.world.size),
         )
         result = report_of(rows, skipped)
         if self.world.main:
             write_metrics(folder, result, skipped)
         return result
+
+    def _tell(self, total: int) -> Callable[[int], None]:
+        """Says every half minute how far this rank's evaluation is; a short one says nothing."""
+        done, last = 0, time.monotonic()
+
+        def tell(count: int) -> None:
+            nonlocal done, last
+            done += count
+            if time.monotonic() - last > TELL_EVERY:
+                last = time.monotonic()
+                self.monitor.message(f"evaluated {done} of {total} images")
+
+        return tell
 
     def export(self) -> Path:
         """The policy with tokenizer and image processor, in HF layout. Collective."""

@@ -15,7 +15,7 @@ from speciarl.core.collect import Collector
 from speciarl.core.config import Config
 from speciarl.core.evaluate import evaluate_model
 from speciarl.core.evaluation import EvaluationConfig, Predictions
-from speciarl.core.parts import open_data
+from speciarl.core.inputs import open_data
 from speciarl.core.train import train
 from speciarl.core.world import World
 from speciarl.judge.base import Pair, Verdict

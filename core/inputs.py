@@ -1,0 +1,79 @@
+"""What a run reads: examples, prompts, and the judge that must know every label."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from speciarl.core.config import Config
+from speciarl.core.examples import DataTable, Example, load_union
+from speciarl.core.modelcheck import check_model
+from speciarl.core.prompts import PromptBuilder
+from speciarl.core.stream import PromptStore
+from speciarl.core.toyworld import ensure_toyworld
+from speciarl.core.world import World
+from speciarl.judge.base import Judge
+from speciarl.judge.registry import JudgeConfig, make_judge
+
+
+@dataclass
+class Data:
+    """Prompts and examples: training set and evaluation sets by name."""
+
+    builder: PromptBuilder
+    store: PromptStore
+    train: list[Example]
+    eval: dict[str, list[Example]]
+
+
+def open_data(config: Config, world: World, *, train: bool = True) -> Data:
+    """Reads every table (generating the toy world where it is wanted and missing).
+
+    Args:
+        train: read the training tables; evaluation alone does not need them.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the model's or a table's missing file, or a table's
+            malformed line.
+    """
+    data = config.data
+    if train and not data.train:
+        raise ValueError("there is no [data.train.NAME] table: nothing to train on")
+    check_model(config.model)
+    if data.toyworld:
+        world.first(lambda: ensure_toyworld(Path(data.toyworld)))
+    try:
+        builder = PromptBuilder(
+            config.model.folder,
+            variant=data.variant,
+            instruction=data.instruction,
+            max_prompt_tokens=data.max_prompt_tokens,
+        )
+    except OSError as error:  # transformers does not always say what it looked for
+        raise OSError(f"model.path={config.model.path!r}: {error}") from error
+    return Data(
+        builder,
+        PromptStore(builder, data.cached_prompts),
+        load_union(data.train) if train else [],
+        {name: load_union({name: table}) for name, table in data.eval.items()},
+    )
+
+
+def open_judge(
+    config: JudgeConfig, tables: Mapping[str, DataTable], truths: Sequence[str]
+) -> Judge:
+    """The judge, checked against every label it will be asked about.
+
+    Raises:
+        ValueError: no taxonomy named, or labels without an entry in it.
+    """
+    files = sorted({table.taxonomy for table in tables.values() if table.taxonomy})
+    if not files:
+        raise ValueError(
+            f"judge kind {config.kind!r} needs a taxonomy: set taxonomy = FILE in a "
+            f"[data] table ({', '.join(tables) or 'there is none'})"
+        )
+    judge = make_judge(config.kind, taxonomy=files)
+    judge.check(truths)
+    return judge
