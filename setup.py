@@ -30,7 +30,10 @@ setup(
     python_requires=">=3.11",
     packages=[f"speciarl.{name}" for name in PACKAGES],
     package_dir={f"speciarl.{name}": name for name in PACKAGES},
-    package_data={"speciarl.core": ["presets/*.toml", "toybase/*"]},
+    package_data={
+        "speciarl.core": ["presets/*.toml", "toybase/*"],
+        "speciarl.judge": ["taxonomies/*.json"],
+    },
     install_requires=[
         "torch>=2.11",
         "transformers>=5.12,<6",

@@ -53,7 +53,7 @@ class DataTable:
     seed: int = 42
     """Seed of the subset. A subset of a smaller k is part of that of a larger one."""
     taxonomy: str = ""
-    """Taxonomy file for the exact judge; empty if another judge grades this table."""
+    """Taxonomy for the exact judge: a file or a packaged name; empty if another judge grades."""
     domain: str = ""
     """Name under which evaluation groups it; empty for the name of the table."""
 

@@ -28,7 +28,8 @@ def _require_known(kind: str) -> None:
 def make_judge(kind: str, **options: object) -> Judge:
     """The judge named `kind`, built with its options.
 
-    taxonomy: `taxonomy`, the path of a taxonomy file or a sequence of paths (one forest).
+    taxonomy: `taxonomy`, the path of a taxonomy file, the name of a packaged one, or a sequence of
+    these (one forest).
     Raises ValueError for an unknown kind (naming the nearest) or option, and whatever the judge
     raises about its files.
     """

@@ -21,6 +21,7 @@ from typing import Any
 
 from speciarl.judge.answers import ABSTENTIONS, forms, is_abstention, key_of, split_options
 from speciarl.judge.base import Pair, Verdict
+from speciarl.judge.packaged import resolve
 from speciarl.kernels.codes import S_MINUS, S_PLUS, A, G, S, W
 
 RULES_VERSION = 1  # part of the judge's identity: raise it when answers.py changes a verdict
@@ -57,7 +58,7 @@ class Taxonomy:
 
     @classmethod
     def load(cls, *paths: str | PathLike[str]) -> "Taxonomy":
-        """One forest from one or more files.
+        """One forest from one or more files; a bare name is that of a packaged one (`resolve`).
 
         A node that several files list with the same parent is one node with all its synonyms.
         Raises FileNotFoundError, or ValueError naming the file and the entry.
@@ -67,7 +68,7 @@ class Taxonomy:
         nodes: dict[str, Node] = {}
         for path in paths:
             before = frozenset(nodes)
-            for node in _read(Path(path)):
+            for node in _read(resolve(path)):
                 key = key_of(node.name)
                 nodes[key] = _merged(nodes[key], node, key in before) if key in nodes else node
         return cls(tuple(nodes.values()), origin=", ".join(str(path) for path in paths))
