@@ -18,7 +18,7 @@ from speciarl.core.parts import Parts, build
 from speciarl.core.policy import Policy
 from speciarl.core.stream import PromptStore, PromptStream
 from speciarl.core.trainer import Trainer
-from speciarl.core.world import World, seed_everything
+from speciarl.core.world import World
 from speciarl.kernels.codes import S, W
 from speciarl.rollout.engine import Group
 
@@ -60,7 +60,6 @@ class OwnStep:
     """
 
     def __init__(self, config: Config, world: World, *, answers: bool = True) -> None:
-        seed_everything(config.train.seed)
         self.world = world
         self.answers = answers
         self.parts: Parts = build(config, world, quiet=True)

@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 
-def add_lora(model: Any, rank: int, alpha: float) -> None:
+def add_lora(model: Any, rank: int, alpha: float, seed: int) -> None:
     """Adapters on every linear layer of the language model; all else is frozen.
+
+    Their first weights are drawn from `seed` alone, so that ranks agree on them.
 
     Raises:
         ImportError: peft is not installed.
@@ -28,7 +31,9 @@ def add_lora(model: Any, rank: int, alpha: float) -> None:
         target_modules=targets,
         lora_dropout=0.0,
     )
-    inject_adapter_in_model(config, model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name)
         if parameter.requires_grad:

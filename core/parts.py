@@ -177,7 +177,7 @@ def build(config: Config, world: World, *, supervised: bool = False, quiet: bool
     stream.require(config.train.prompts)
     banned = tuple(data.builder.banned_ids)
     reference = bool(config.objective.kl_coef) and not supervised
-    policy = Policy(config.model, world, banned, reference=reference)
+    policy = Policy(config.model, world, banned, reference=reference, seed=config.train.seed)
     optimizer = Optimizer(config.optim, policy.parameters())
     learner = Learner(
         policy,

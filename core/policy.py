@@ -96,13 +96,21 @@ class Policy:
         world: the process group to shard over.
         banned: token ids masked out of the distribution, exactly as the sampler masks them.
         reference: hold a reference (with LoRA: the same weights, adapters off).
+        seed: of the adapters' first weights, the same on every rank.
     """
 
     def __init__(
-        self, config: ModelConfig, world: World, banned: tuple[int, ...], *, reference: bool
+        self,
+        config: ModelConfig,
+        world: World,
+        banned: tuple[int, ...],
+        *,
+        reference: bool,
+        seed: int = 0,
     ) -> None:
         self.config = config
         self.world = world
+        self.seed = seed
         self.dtype = config.compute_dtype(world.device)
         self.banned = torch.tensor(banned, device=world.device) if banned else None
         self.net = self._shard(load_model(config, self._stored_dtype), trainable=True)
@@ -132,7 +140,7 @@ class Policy:
         model.lm_head = head
         model.requires_grad_(trainable and not config.lora_rank)
         if trainable and config.lora_rank:
-            add_lora(model, config.lora_rank, config.lora_alpha)
+            add_lora(model, config.lora_rank, config.lora_alpha, self.seed)
         if config.freeze_vision:
             model.model.visual.requires_grad_(False)
         if trainable and config.checkpoint_activations:

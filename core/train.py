@@ -8,7 +8,7 @@ import click
 
 from speciarl.core.command import announce, configured, run_guarded
 from speciarl.core.config import Config
-from speciarl.core.world import World, seed_everything
+from speciarl.core.world import World
 
 
 def train(config: Config, world: World, *, supervised: bool = False, quiet: bool = False) -> Path:
@@ -23,7 +23,6 @@ def train(config: Config, world: World, *, supervised: bool = False, quiet: bool
     from speciarl.core.supervised import Supervised
     from speciarl.core.trainer import Trainer
 
-    seed_everything(config.train.seed)
     parts = build(config, world, supervised=supervised, quiet=quiet)
     try:
         (Supervised if supervised else Trainer)(config, world, parts).run()

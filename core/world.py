@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -123,12 +122,6 @@ def init_world(threads: int = 0, device: str = "auto") -> World:
         device=torch.device(kind, local_rank) if cuda else torch.device("cpu"),
         mesh=init_device_mesh(kind, (dist.get_world_size(),)),
     )
-
-
-def seed_everything(seed: int) -> None:
-    """Only what is random before training (adapters) comes from global generators."""
-    torch.manual_seed(seed)
-    np.random.seed(seed)
 
 
 def leave_world() -> None:

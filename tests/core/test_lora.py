@@ -25,7 +25,6 @@ def tiny(request: pytest.FixtureRequest, model_dirs: dict[str, Path], pictures: 
 
 @pytest.fixture
 def policy(tiny: Tiny, world: World) -> Policy:
-    torch.manual_seed(0)
     config = ModelConfig(path=str(tiny.folder), lora_rank=4, lora_alpha=8.0)
     return Policy(config, world, tiny.banned, reference=True)
 
@@ -49,6 +48,16 @@ def scored_by(folder: Path, tiny: Tiny) -> Tensor:
 def test_a_new_adapter_changes_nothing(policy: Policy, tiny: Tiny, batch: PackedBatch) -> None:
     wanted = scored_by(tiny.folder, tiny)
     torch.testing.assert_close(scored(policy, batch), wanted, rtol=0, atol=1e-5)
+
+
+def test_the_first_weights_depend_on_the_seed_alone(
+    policy: Policy, tiny: Tiny, world: World
+) -> None:
+    first = {name: whole(p) for name, p in policy.parameters().items() if ".lora_A." in name}
+    for seed, same in ((0, True), (1, False)):
+        torch.manual_seed(99)  # whatever the caller's generator is at
+        again = Policy(policy.config, world, tiny.banned, reference=True, seed=seed).parameters()
+        assert {torch.equal(first[name], whole(again[name])) for name in first} == {same}
 
 
 def test_every_linear_layer_of_the_language_model_has_one(policy: Policy) -> None:

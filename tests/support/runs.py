@@ -16,7 +16,7 @@ from speciarl.core.config import Config
 from speciarl.core.parts import build
 from speciarl.core.settings import load
 from speciarl.core.trainer import Trainer
-from speciarl.core.world import World, seed_everything
+from speciarl.core.world import World
 
 Sets = dict[str, Any]
 
@@ -59,7 +59,6 @@ def run_config(root: Path, model: Path, out: Path, *sets: str) -> Config:
 
 def open_trainer(config: Config, world: World) -> Trainer:
     """A trainer that has not begun; close its parts."""
-    seed_everything(config.train.seed)
     return Trainer(config, world, build(config, world, quiet=True))
 
 
