@@ -8,6 +8,7 @@ that library.
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -82,24 +83,6 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, at: Packing, scale: float | None) -
 ROUTES = {"sdpa": _padded, "flash-attn": _flash, "varlen": _varlen}
 
 
-def best_route(device: torch.device, dtype: torch.dtype) -> str:
-    """flash-attn when installed, else torch's varlen kernel on CUDA, else padded SDPA."""
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        if _importable("flash_attn"):
-            return "flash-attn"
-        if _importable("torch.nn.attention.varlen"):
-            return "varlen"
-    return "sdpa"
-
-
-def _importable(name: str) -> bool:
-    try:
-        __import__(name)
-    except ImportError:
-        return False
-    return True
-
-
 def check_route(route: str, device: torch.device, dtype: torch.dtype) -> None:
     """Compares a route with the padded one on a small row; done once, before training.
 
@@ -120,6 +103,29 @@ def check_route(route: str, device: torch.device, dtype: torch.dtype) -> None:
         raise RuntimeError(
             f"attention route {route!r} is wrong by {error:.3g} here: set model.attention=sdpa"
         )
+
+
+def choose_route(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    """`wanted`, checked; for "auto" the first that is here and right: flash-attn, torch's varlen
+    kernel (both CUDA, half precision), padded SDPA.
+
+    Raises:
+        RuntimeError: the wanted route is wrong on this machine.
+    """
+    if wanted != "auto":
+        check_route(wanted, device, dtype)
+        return wanted
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        for route in ("flash-attn", "varlen"):
+            try:
+                check_route(route, device, dtype)
+            except ImportError:
+                continue
+            except Exception as error:  # a kernel may fail in ways of its own
+                warnings.warn(f"attention route {route!r} is not used: {error}", stacklevel=2)
+            else:
+                return route
+    return "sdpa"
 
 
 def packed_attention(

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from speciarl.core.attention import NAME, ROUTES, best_route, check_route
+from speciarl.core.attention import NAME, ROUTES, choose_route
 from speciarl.core.batch import PackedBatch
 from speciarl.core.lora import adapters_off, add_lora
 from speciarl.core.network import LogProbHead, PackedVLM
@@ -148,10 +148,7 @@ class Policy:
             enable = getattr(model, "activation_checkpointing_enable", None)
             (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
             model.disable_input_require_grads()  # else frozen layers are differentiated too
-        route = config.attention
-        route = best_route(world.device, self.dtype) if route == "auto" else route
-        check_route(route, world.device, self.dtype)
-        net = PackedVLM(model, route)
+        net = PackedVLM(model, choose_route(config.attention, world.device, self.dtype))
         net.train(trainable)
         cuda = world.device.type == "cuda"
         offload = CPUOffloadPolicy(pin_memory=cuda) if config.cpu_offload else OffloadPolicy()

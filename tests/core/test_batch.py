@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speciarl.core.attention import best_route, packed_attention
+from speciarl.core.attention import choose_route, packed_attention
 from speciarl.core.batch import Item, PackedBatch, pack
 from speciarl.core.packing import packing
 from speciarl.core.policy import ModelConfig, Policy, whole
@@ -210,4 +210,4 @@ def test_attention_refuses_what_it_would_get_wrong() -> None:
 
 
 def test_the_cpu_takes_the_padded_route() -> None:
-    assert best_route(CPU, torch.bfloat16) == "sdpa"
+    assert choose_route("auto", CPU, torch.bfloat16) == "sdpa"

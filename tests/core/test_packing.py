@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from speciarl.core.attention import ROUTES, _gathered, check_route, packed_attention
+from speciarl.core.attention import ROUTES, _gathered, choose_route, packed_attention
 from speciarl.core.packing import Packing, packing
 
 CPU = torch.device("cpu")
@@ -79,8 +79,29 @@ def test_prompts_alone_need_no_gathered_keys(row: list[tuple[int, list[int]]]) -
 
 
 def test_a_wrong_route_is_found_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_route("sdpa", CPU, torch.float32)
+    assert choose_route("sdpa", CPU, torch.float32) == "sdpa"
     right = ROUTES["sdpa"]
     monkeypatch.setitem(ROUTES, "sdpa", lambda q, k, v, at, scale: right(q, k, v * 1.01, at, scale))
     with pytest.raises(RuntimeError, match="'sdpa' is wrong by.*model.attention=sdpa"):
-        check_route("sdpa", CPU, torch.float32)
+        choose_route("sdpa", CPU, torch.float32)
+
+
+def test_auto_takes_the_first_route_that_is_here_and_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    problems: dict[str, Exception] = {
+        "flash-attn": ImportError("no flash_attn"),
+        "varlen": TypeError("unexpected keyword 'window_size'"),
+    }
+
+    def check(route: str, device: torch.device, dtype: torch.dtype) -> None:
+        if route in problems:
+            raise problems[route]
+
+    monkeypatch.setattr("speciarl.core.attention.check_route", check)
+    gpu = torch.device("cuda")
+    with pytest.warns(UserWarning, match="'varlen' is not used: unexpected keyword"):
+        assert choose_route("auto", gpu, torch.bfloat16) == "sdpa"
+    del problems["varlen"]
+    assert choose_route("auto", gpu, torch.bfloat16) == "varlen"
+    assert choose_route("auto", gpu, torch.float32) == "sdpa"
