@@ -20,10 +20,10 @@ import click
 import numpy as np
 
 from speciarl.core.collect import Collector, JudgedGroup
-from speciarl.core.config import Config, load_config
+from speciarl.core.config import Config, load_config, with_model
 from speciarl.core.inputs import Data, open_data, open_judge
 from speciarl.core.metrics import Tally, best_of_k
-from speciarl.core.parts import open_engine, with_model
+from speciarl.core.parts import open_engine
 from speciarl.core.toyworld import cue_images
 from speciarl.core.world import World, init_world, leave_world
 from speciarl.kernels.codes import S

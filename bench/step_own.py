@@ -139,7 +139,7 @@ class OwnStep:
         groups, learned, _ = self.trainer.noted
         policy = self.parts.policy
         items = [
-            Item(self.parts.prompt(group.example), completion.ids)
+            Item(self.parts.data.store.need(group.example), completion.ids)
             for group in groups[:count]
             for completion in group.completions[:2]
         ]

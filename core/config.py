@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from speciarl.core.evaluation import EvaluationConfig
@@ -100,3 +100,8 @@ def load_config(preset: str, file: Path | None, sets: tuple[str, ...]) -> Config
     """
     sources = [preset_path(preset)] if preset else []
     return load(Config, [*sources, *([file] if file else [])], list(sets))
+
+
+def with_model(config: Config, path: str) -> Config:
+    """The same configuration with another model."""
+    return replace(config, model=replace(config.model, path=path))

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from speciarl.core.command import announce, configured, run_guarded
-from speciarl.core.config import Config
+from speciarl.core.config import Config, with_model
 from speciarl.core.metrics import Report
 from speciarl.core.world import World
 
@@ -104,8 +104,6 @@ def show(result: Report, skipped: dict[str, str], out: Path) -> None:
 )
 def main(config: Config, model: str, out: Path) -> None:
     """Evaluate: correctness, specificity and their harmonic mean per data set."""
-    from speciarl.core.parts import with_model
-
     chosen = with_model(config, model) if model else config
     run_guarded(chosen, lambda world: evaluate_model(chosen, world, out))
 

@@ -100,7 +100,7 @@ class Learner:
         limit: int,
         token_budget: int,
         mini_batch: int,
-        prompt_of: Callable[[Example], Prompt | None],
+        prompt_of: Callable[[Example], Prompt],
     ) -> None:
         self.policy = policy
         self.optimizer = optimizer
@@ -213,12 +213,7 @@ class Learner:
         return [min(mini.sequences, key=lambda s: s.tokens)], 0.0
 
     def _pack(self, chosen: Sequence[Sample]) -> PackedBatch:
-        items = []
-        for sequence in chosen:
-            prompt = self.prompt_of(sequence.example)
-            if prompt is None:
-                raise RuntimeError(f"{sequence.example.image} could be read before, not now")
-            items.append(Item(prompt, sequence.completion.ids))
+        items = [Item(self.prompt_of(s.example), s.completion.ids) for s in chosen]
         return pack(items, self.policy.image_token_id, self.world.device)
 
     def _old(self, batch: PackedBatch) -> Tensor:

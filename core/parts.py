@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from speciarl.core.checkpoint import CheckpointStore, check_shared
 from speciarl.core.collect import Collector
 from speciarl.core.config import Config
 from speciarl.core.evaluation import Predictions, evaluate
-from speciarl.core.examples import Example
 from speciarl.core.inputs import Data, open_data, open_judge
 from speciarl.core.learner import Learner
 from speciarl.core.metrics import Report, best_of_k, report
@@ -25,9 +24,10 @@ from speciarl.core.monitor import Monitor
 from speciarl.core.optim import Optimizer
 from speciarl.core.policy import Policy, load_model
 from speciarl.core.prompts import PromptBuilder
+from speciarl.core.settings import to_dict
 from speciarl.core.stream import PromptStream
 from speciarl.core.world import World
-from speciarl.rollout.engine import Prompt, RolloutEngine
+from speciarl.rollout.engine import RolloutEngine
 from speciarl.rollout.registry import make_engine
 
 TELL_EVERY = 30.0  # seconds between signs of life of a long evaluation
@@ -66,17 +66,6 @@ class Parts:
     def builder(self) -> PromptBuilder:
         """Processor and tokenizer."""
         return self.data.builder
-
-    def prompt(self, example: Example) -> Prompt:
-        """The prompt of an example that could be built before.
-
-        Raises:
-            RuntimeError: its image cannot be read any more.
-        """
-        prompt = self.data.store.get(example)
-        if prompt is None:
-            raise RuntimeError(self.data.store.problems[example.key])
-        return prompt
 
     def evaluate(self, step: int) -> Report:
         """Metrics of the engine's weights on every evaluation set; kept in the run folder."""
@@ -189,7 +178,7 @@ def build(config: Config, world: World, *, supervised: bool = False, quiet: bool
         limit=config.rollout.max_new_tokens,
         token_budget=config.train.token_budget,
         mini_batch=config.train.mini_batch,
-        prompt_of=data.store.get,
+        prompt_of=data.store.need,
     )
     engine = open_engine(config, world, data.builder)
     store = CheckpointStore(out, config.train.keep)
@@ -214,8 +203,6 @@ def open_monitor(
     config: Config, world: World, store: CheckpointStore, *, quiet: bool = False
 ) -> Monitor:
     """The monitor of a run that goes on from its newest checkpoint."""
-    from speciarl.core.settings import to_dict
-
     start = store.latest() or 0
     if config.train.resume == "previous" and start:
         start = store.previous(start) or 0
@@ -227,8 +214,3 @@ def open_monitor(
         quiet=quiet,
         start_step=start,
     )
-
-
-def with_model(config: Config, path: str) -> Config:
-    """The same configuration with another model."""
-    return replace(config, model=replace(config.model, path=path))

@@ -75,6 +75,17 @@ class PromptStore:
             self._kept.popitem(last=False)
         return prompt
 
+    def need(self, example: Example) -> Prompt:
+        """The prompt of an example that could be built before.
+
+        Raises:
+            RuntimeError: its image cannot be read any more.
+        """
+        prompt = self.get(example)
+        if prompt is None:
+            raise RuntimeError(f"could be read before, not now: {self.problems[example.key]}")
+        return prompt
+
 
 class PromptStream:
     """Draws prompts in an order fixed by the seed: position p of epoch e is a permutation's

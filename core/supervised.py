@@ -69,7 +69,7 @@ class Supervised(Trainer):
         for part in plan(costs, world.size, self.config.train.token_budget)[world.rank]:
             # A rank with too few micro-batches runs the cheapest sequence, times zero.
             chosen = part or (min(range(len(costs)), key=costs.__getitem__),)
-            items = [Item(parts.prompt(examples[i]), answers[i]) for i in chosen]
+            items = [Item(parts.data.store.need(examples[i]), answers[i]) for i in chosen]
             batch = pack(items, parts.policy.image_token_id, world.device)
             logprobs = parts.policy.logprobs(batch, temperature=1.0)
             loss = -logprobs.sum() * (share if part else 0.0)
@@ -86,6 +86,7 @@ class Supervised(Trainer):
         """Prompt tokens of each example; every rank builds its share."""
         mine = examples[self.world.rank :: self.world.size]
         lengths: dict[str, int] = {}
-        for part in self.world.gather({e.key: len(self.parts.prompt(e).input_ids) for e in mine}):
+        need = self.parts.data.store.need
+        for part in self.world.gather({e.key: len(need(e).input_ids) for e in mine}):
             lengths.update(part)
         return [lengths[example.key] for example in examples]

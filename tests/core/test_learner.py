@@ -119,10 +119,3 @@ def test_host_and_device_agree_on_what_is_learnt(
         assert set(advantages.nonzero().squeeze(1).tolist()) <= planned
         # ... and no group is computed in which the device sees none.
         assert all(device.live[slot // 4] for slot in planned)
-
-
-def test_a_prompt_that_vanished_is_an_error(tiny: Tiny, world: World) -> None:
-    learner = learner_of(Case(NO_KL), tiny, world)
-    learner.prompt_of = lambda example: None
-    with pytest.raises(RuntimeError, match=r"\.png could be read before"):
-        learner.learn(judged_groups(tiny, MIXED), lambda _: 1.0)

@@ -250,3 +250,13 @@ def test_prompts_over_the_limit_are_dropped_not_cut(
 def test_impossible_data_settings(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DataConfig(**given)
+
+
+def test_a_prompt_that_vanished_is_an_error(birds: list[Example]) -> None:
+    builder = Counting()
+    store = PromptStore(builder, capacity=1)  # type: ignore[arg-type]
+    assert store.need(birds[0]) == store.get(birds[0]) == birds[0].key
+    store.get(birds[1])  # takes the only place
+    builder.bad = {birds[0].key}
+    with pytest.raises(RuntimeError, match="could be read before, not now: .*bad"):
+        store.need(birds[0])
