@@ -1,6 +1,8 @@
 # `make demo` and `make test` need nothing but Python 3.11 or 3.12: they set up .venv themselves.
 #   make demo     train the toy world on this machine (ARGS="--set train.steps=20" is passed on)
 #   make test     lint, types and tests               (ARGS="tests/judge -k plural" is passed on)
+#   make test-sglang  tests with the real SGLang on a CPU, in an environment of their own (3 GB)
+#   make bench-gpu  every figure of the kernels on this machine's GPU, in nine minutes
 #   make lint     lint and types
 #   make toybase  train the demo's base policy again
 #   make venv     only the environment
@@ -8,6 +10,7 @@
 
 SHELL := /bin/bash
 VENV ?= .venv
+SGLANG_VENV ?= .venv-sglang
 BIN := $(VENV)/bin
 PACKAGES := core kernels rollout judge bench
 TORCH ?= 2.13.0
@@ -22,9 +25,9 @@ QUICK := --no-deps --timeout 10 --retries 1
 # Without it Python puts the script's folder first on its path, here core/ or bench/.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help venv demo toybase test lint clean
+.PHONY: help venv demo toybase test test-sglang bench-gpu lint clean
 help:
-	@sed -n '1,7s/^# \{0,1\}//p' Makefile
+	@sed -n '1,9s/^# \{0,1\}//p' Makefile
 
 venv: $(VENV)/.installed
 
@@ -37,8 +40,16 @@ toybase: venv
 	$(BIN)/torchrun --standalone --nproc-per-node 1 core/sft.py --preset toybase
 	$(BIN)/python bench/base.py --model runs/toybase/model
 
+# With the python that is there: a GPU machine has its own build of torch. Peers are measured if they
+# are installed: pip install 'speciarl[peers]'.
+bench-gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) bench/gpu.py $(ARGS)
+
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(ARGS)
+
+test-sglang: $(SGLANG_VENV)/.installed-sglang
+	PYTHONPATH=$(CURDIR)/tests/sglang/shim OMP_NUM_THREADS=1 $(SGLANG_VENV)/bin/pytest tests/sglang $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .
@@ -68,6 +79,16 @@ $(VENV)/.installed: setup.py $(VENV)/.torch-$(TORCH)
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
+# SGLang's own dependencies ask for CUDA: an exact set is installed without them, see the file.
+$(SGLANG_VENV)/.installed-sglang: tests/sglang/requirements.txt setup.py
+	$(MAKE) VENV=$(SGLANG_VENV) TORCH=2.13.0 $(SGLANG_VENV)/.torch-2.13.0
+	@echo "Installing SGLang for the CPU"
+	@$(SGLANG_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps \
+		--requirement tests/sglang/requirements.txt
+	@$(SGLANG_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --editable .
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build speciarl.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SGLANG_VENV) build speciarl.egg-info .pytest_cache .mypy_cache .ruff_cache \
+		.hypothesis
 	find $(PACKAGES) tests -name __pycache__ -prune -exec rm -rf {} +

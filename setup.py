@@ -9,13 +9,20 @@ from setuptools import setup
 PACKAGES = ["core", "kernels", "rollout", "judge", "bench"]
 
 EXTRAS = {
-    "triton": ["triton>=3.6"],
+    "triton": ["triton>=3.6; sys_platform == 'linux'"],
     "flash-attn": ["flash-attn>=2.7"],
     "sglang": ["sglang>=0.5.17"],
     "lora": ["peft>=0.17"],
-    "peers": ["trl>=1.16"],
+    "judge": ["aiohttp>=3.10"],
+    "trl": ["trl>=1.16"],
+    "peers": ["trl>=1.16", "liger-kernel>=0.8"],
 }
-EXTRAS["dev"] = EXTRAS["lora"] + [
+EXTRAS["dev"] = [
+    # What pairs with torch 2.11 to 2.13; torch for CUDA brings its own.
+    "triton>=3.6,<3.8; sys_platform == 'linux'",
+    *EXTRAS["lora"],
+    *EXTRAS["judge"],
+    *EXTRAS["trl"],
     "pytest>=8",
     "pytest-timeout>=2.3",
     "hypothesis>=6",

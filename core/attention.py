@@ -14,8 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import flash_attention_mask
+from transformers import AttentionInterface
 
 from speciarl.core.packing import Block, Packing, packing
 
@@ -157,5 +156,6 @@ def packed_attention(
     return ROUTES[route](q, k, v, packed, scaling).unsqueeze(0), None
 
 
+# No mask is registered beside it: transformers then makes none, which would read the positions on
+# the host.
 AttentionInterface.register(NAME, packed_attention)
-AttentionMaskInterface.register(NAME, flash_attention_mask)

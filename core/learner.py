@@ -23,8 +23,9 @@ from speciarl.core.optim import Optimizer
 from speciarl.core.plan import MicroBatch, plan
 from speciarl.core.policy import Policy
 from speciarl.core.world import World
+from speciarl.kernels import faults
 from speciarl.kernels.codes import ABSENT
-from speciarl.kernels.loss import STATS, policy_loss
+from speciarl.kernels.loss import STATS
 from speciarl.kernels.reward import RewardSpec, best_of_n, best_of_n_numpy
 from speciarl.rollout.engine import Prompt
 
@@ -63,14 +64,24 @@ class MiniBatch:
 class Learned:
     """What one step's learning leaves on the device, to be read later.
 
-    stats [len(STATS)] summed over updates and ranks (the maximum last); norms and skipped [U].
-    tokens: of all sequences, a prompt counted for each of its samples.
+    stats [len(STATS)] summed over updates and ranks (the maximum last); norms and skipped [U];
+    faults [len(FAULTS)] of `kernels.faults`, summed over ranks. tokens: of all sequences, a prompt
+    counted for each of its samples.
     """
 
     stats: Tensor
     norms: Tensor
     skipped: Tensor
+    faults: Tensor
     tokens: int
+
+
+def found_faults(world: World) -> Tensor:
+    """int32 [len(FAULTS)]: what kernels counted since the last call, on all ranks (collective)."""
+    found = faults.take(world.device)
+    if world.size > 1:
+        dist.all_reduce(found)
+    return found
 
 
 class Learner:
@@ -195,7 +206,13 @@ class Learner:
             norms.append(norm)
             skipped.append(bad)
         tokens = sum(s.tokens for mini in minis for s in mini.sequences)
-        return Learned(self._reduced(stats), torch.stack(norms), torch.stack(skipped), tokens)
+        return Learned(
+            self._reduced(stats),
+            torch.stack(norms),
+            torch.stack(skipped),
+            found_faults(self.world),
+            tokens,
+        )
 
     def _reduced(self, stats: list[Tensor]) -> Tensor:
         """Sums over updates and ranks; the last entry is a maximum."""
@@ -248,20 +265,15 @@ class Learner:
             logprobs = [x for s in chosen for x in s.completion.logprobs]
             slots = torch.tensor([s.slot for s in chosen]).to(device, non_blocking=True)
             weights = torch.tensor([s.weight * scale for s in chosen])
-            scored = self.policy.logprobs(
-                batch, temperature=self.temperature, entropy=self.spec.entropy_coef != 0
-            )
-            new, entropy = scored if isinstance(scored, tuple) else (scored, None)
-            loss, stats = policy_loss(
-                new,
-                old[index] if old else new.detach(),
+            loss, stats = self.policy.loss(
+                batch,
+                temperature=self.temperature,
+                spec=self.spec,
+                old=old[index] if old else None,
                 advantages=advantages.index_select(0, slots),
                 weights=weights.to(device, non_blocking=True),
-                sequence_ids=batch.sequence_ids,
-                spec=self.spec,
                 ref=reference[index] if reference else None,
                 engine=torch.tensor(logprobs).to(device, non_blocking=True),
-                entropy=entropy,
             )
             loss.backward()
             total = torch.cat([(total + stats)[:-1], torch.maximum(total, stats)[-1:]])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from speciarl.core.batch import PackedBatch
+from speciarl.kernels.fused import linear_policy_loss
 from speciarl.kernels.head import linear_logprob
 
 
@@ -17,16 +19,25 @@ class LogProbHead(nn.Linear):
     The product must happen in this module's forward: only there is its weight gathered.
     """
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, **how: Any) -> Any:  # type: ignore[override]
-        """hidden [C, H] and targets [C] -> log-probs [C] fp32 (and entropy); without targets,
-        plain logits, as transformers' own code expects."""
+    def forward(  # type: ignore[override]
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        loss: Mapping[str, Any] | None = None,
+        **how: Any,
+    ) -> Any:
+        """hidden [C, H] and targets [C] -> log-probs [C] fp32 (and entropy), or, with the arguments
+        of a policy loss, that loss and its statistics; without targets, plain logits, as
+        transformers' own code expects."""
         if targets is None:
             return super().forward(hidden)
+        if loss is not None:
+            return linear_policy_loss(hidden, self.weight, targets, **loss, **how)
         return linear_logprob(hidden, self.weight, targets, **how)
 
 
 class PackedVLM(nn.Module):
-    """The root FSDP unit: packed tokens and images in, log-probs of the targets out."""
+    """The root FSDP unit: packed tokens and images in, log-probs of the targets, or a loss, out."""
 
     def __init__(self, model: nn.Module, route: str) -> None:
         super().__init__()
@@ -34,7 +45,7 @@ class PackedVLM(nn.Module):
         self.route = route
 
     def forward(self, batch: PackedBatch, **how: Any) -> Any:
-        """Log-probs [C] of `batch.targets`; `how` goes to the head (temperature, banned, ...)."""
+        """What the head makes of `batch.targets`; `how` goes to it (temperature, banned, ...)."""
         inner: Any = self.model.model
         embeds = inner.get_input_embeddings()(batch.input_ids)
         extra: dict[str, Any] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from speciarl.kernels.loss import LossSpec
+from speciarl.kernels.loss import KINDS, LossSpec
 
 AGGREGATIONS = ("token-mean", "sequence-mean", "constant")
 
@@ -35,6 +35,25 @@ ALGORITHMS: dict[str, dict[str, float | bool | str]] = {
         "aggregation": "token-mean",
         "dynamic_sampling": True,
     },
+    # No lower bound, no KL, DAPO's dynamic sampling (MiniMax-M1, section 3.1). It names no upper
+    # bound; a weight of at most 5 is what ScaleRL (2510.13786) uses.
+    "cispo": {
+        "clip_low": 1.0,
+        "clip_high": 4.0,
+        "kl_coef": 0.0,
+        "normalize": True,
+        "aggregation": "token-mean",
+        "dynamic_sampling": True,
+    },
+    # Section 5.1 of the paper; its objective is the mean over sequences, and has no KL.
+    "gspo": {
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+        "kl_coef": 0.0,
+        "normalize": True,
+        "aggregation": "sequence-mean",
+        "dynamic_sampling": False,
+    },
 }
 
 
@@ -43,13 +62,16 @@ class ObjectiveConfig:
     """The policy loss. A field left at none takes the algorithm's value."""
 
     algorithm: str = "grpo"
-    """"grpo", "dr-grpo" (arXiv 2503.20783) or "dapo" (arXiv 2503.14476)."""
+    """"grpo", "dr-grpo" (arXiv 2503.20783), "dapo" (arXiv 2503.14476), "cispo" (arXiv
+    2506.13585: clips the weight of a token's gradient, drops none) or "gspo" (arXiv 2507.18071:
+    one ratio for a whole completion)."""
     clip_low: float | None = None
-    """The ratio is clipped at 1 - clip_low ..."""
+    """The ratio is clipped at 1 - clip_low; at most 1, which is no bound ..."""
     clip_high: float | None = None
     """... and at 1 + clip_high."""
     dual_clip: float | None = 3.0
-    """Bound of the loss of a negative advantage, in units of it (arXiv 1912.09729); none: off."""
+    """Bound of the loss of a negative advantage, in units of it (arXiv 1912.09729); none: off.
+    "cispo" has no use for it."""
     kl: str = "k3"
     """Estimator of the KL to the reference: "k1", "k2" or "k3"."""
     kl_coef: float | None = None
@@ -85,6 +107,7 @@ class ObjectiveConfig:
         assert self.clip_low is not None and self.clip_high is not None
         assert self.kl_coef is not None
         return LossSpec(
+            kind=self.algorithm if self.algorithm in KINDS else "grpo",
             clip_low=self.clip_low,
             clip_high=self.clip_high,
             dual_clip=self.dual_clip,

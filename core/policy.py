@@ -26,7 +26,11 @@ from speciarl.core.batch import PackedBatch
 from speciarl.core.lora import adapters_off, add_lora
 from speciarl.core.network import LogProbHead, PackedVLM
 from speciarl.core.world import World
+from speciarl.kernels.loss import LossSpec, policy_loss
+from speciarl.kernels.routes import MODES, select
+from speciarl.kernels.routes import ROUTES as HEAD_ROUTES
 
+HEAD_MODES = (*MODES, "chunked")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -54,7 +58,12 @@ class ModelConfig:
     attention: str = "auto"
     """"flash-attn", "varlen" (torch's own, CUDA), "sdpa" (padded), or "auto"."""
     head_route: str = "auto"
-    """Implementation of the fused log-prob; see speciarl.kernels.head."""
+    """How log-probs are computed: "reference" (plain torch), "rows", "expsum" (Triton on CUDA), or
+    "auto": the fastest that runs here and agrees with the reference at start."""
+    head_mode: str = "auto"
+    """What the head keeps for its backward pass: "store" (a table of tokens x vocabulary),
+    "recompute" (nothing), "auto" (what memory allows), or "chunked" (the policy loss computed
+    inside the head: least memory, nothing twice; not for gspo)."""
     head_chunk: int = 0
     """Rows of the head computed at once; 0 lets the route choose."""
 
@@ -63,6 +72,10 @@ class ModelConfig:
             raise ValueError(f"dtype={self.dtype!r}: one of auto, {', '.join(DTYPES)}")
         if self.attention not in ("auto", *ROUTES):
             raise ValueError(f"attention={self.attention!r}: one of auto, {', '.join(ROUTES)}")
+        for name, known in (("head_route", HEAD_ROUTES), ("head_mode", HEAD_MODES)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name}={value!r}: one of {', '.join(known)}")
         if self.lora_rank < 0 or self.head_chunk < 0:
             raise ValueError("lora_rank and head_chunk must not be negative")
 
@@ -113,6 +126,7 @@ class Policy:
         self.seed = seed
         self.dtype = config.compute_dtype(world.device)
         self.banned = torch.tensor(banned, device=world.device) if banned else None
+        self.head_route: str | None = None
         self.net = self._shard(load_model(config, self._stored_dtype), trainable=True)
         # Taken now: between forward and backward FSDP shows the gathered tensors instead.
         self._sharded = dict(self.hf.named_parameters())
@@ -135,6 +149,10 @@ class Policy:
         config, world = self.config, self.world
         model.set_attn_implementation({"text_config": NAME, "vision_config": "sdpa"})
         outputs, inputs = model.lm_head.weight.shape
+        if self.head_route is None:
+            self.head_route = select(
+                config.head_route, (outputs, inputs), device=world.device, dtype=self.dtype
+            )
         head = LogProbHead(inputs, outputs, bias=False, device="meta")
         head.weight = model.lm_head.weight
         model.lm_head = head
@@ -187,7 +205,28 @@ class Policy:
 
         With `entropy`, a pair (log-probs, entropy). Differentiable in the trainable weights.
         """
-        return self.net(batch, **self._how(temperature, entropy))
+        return self.net(batch, **self._how(temperature), **self._kept(entropy))
+
+    def loss(
+        self,
+        batch: PackedBatch,
+        *,
+        temperature: float,
+        spec: LossSpec,
+        old: Tensor | None,
+        **columns: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """The policy loss of a batch and its statistics; see `kernels.loss.policy_loss`.
+
+        old [C] fp32: log-probs, None where the policy has not moved since the batch was sampled;
+        columns: advantages, weights [S] fp32, ref and engine [C] fp32 or None.
+        """
+        columns |= {"sequence_ids": batch.sequence_ids, "spec": spec}
+        if self.config.head_mode == "chunked":
+            return self.net(batch, loss={"old": old, **columns}, **self._how(temperature))
+        scored = self.logprobs(batch, temperature=temperature, entropy=spec.entropy_coef != 0)
+        new, entropy = scored if isinstance(scored, tuple) else (scored, None)
+        return policy_loss(new, new.detach() if old is None else old, entropy=entropy, **columns)
 
     def reference_logprobs(self, batch: PackedBatch, *, temperature: float) -> Tensor:
         """The same under the frozen reference, without gradient.
@@ -199,16 +238,19 @@ class Policy:
             raise RuntimeError("the policy holds no reference: make it with reference=True")
         off = adapters_off(self.hf) if self.frozen is None else nullcontext()
         with torch.no_grad(), off:
-            return (self.frozen or self.net)(batch, **self._how(temperature, False))
+            return (self.frozen or self.net)(batch, **self._how(temperature), **self._kept(False))
 
-    def _how(self, temperature: float, entropy: bool) -> dict[str, Any]:
+    def _how(self, temperature: float) -> dict[str, Any]:
         return {
             "temperature": temperature,
             "banned": self.banned,
-            "return_entropy": entropy,
             "chunk": self.config.head_chunk or None,
-            "route": self.config.head_route,
+            "route": self.head_route,
         }
+
+    def _kept(self, entropy: bool) -> dict[str, Any]:
+        mode = self.config.head_mode
+        return {"return_entropy": entropy, "mode": "auto" if mode == "chunked" else mode}
 
     @torch.no_grad()
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:

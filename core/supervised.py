@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from speciarl.core.batch import Item, pack
 from speciarl.core.examples import Example
-from speciarl.core.learner import Learned
+from speciarl.core.learner import Learned, found_faults
 from speciarl.core.plan import plan
 from speciarl.core.trainer import Trainer
 from speciarl.kernels.loss import STATS
@@ -80,7 +80,7 @@ class Supervised(Trainer):
         norm, bad = parts.optimizer.step(self.rate(0))
         stats = torch.zeros(len(STATS), device=world.device)
         stats[STATS.index("loss")] = total
-        return Learned(stats, norm[None], bad[None], sum(costs))
+        return Learned(stats, norm[None], bad[None], found_faults(world), sum(costs))
 
     def prompt_lengths(self, examples: Sequence[Example]) -> list[int]:
         """Prompt tokens of each example; every rank builds its share."""

@@ -4,11 +4,12 @@ Nothing here reads a device value on the host, so the functions also run on a GP
 synchronisation.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from speciarl.kernels import faults
 from speciarl.kernels.codes import ABSENT, CODES, FORMAT, A, S, W
 
 STD_EPSILON = 1e-6
@@ -17,6 +18,16 @@ LOG_RATIO_LIMIT = 60.0
 
 
 # --- linear log-prob ---------------------------------------------------------------------------
+#
+# With z = hidden . weight / temperature, a row's anchor a = max z and E[v] = exp(z[v] - a):
+#   gap = z[y] - a, others = sum of E[v], moment = sum of E[v] ln E[v], both over v != y;
+#   S = others + exp(gap), p = E / S, ln p[y] = -ln(1 + others / exp(gap)): exact where p[y] -> 1;
+#   entropy = ln S - (moment + exp(gap) gap) / S.
+# d ln p[y] / dz = onehot(y) - p and d entropy / dz = -p (ln p + entropy).
+
+SHIFT_LIMIT = 60.0
+"""Nats. A shard of the vocabulary whose logits all lie this far below the row's maximum counts as
+if they lay here: its probabilities are below 1e-26 either way, and no factor overflows."""
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -24,107 +35,94 @@ def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
 
 
-def logprob_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    banned: Tensor | None,
-    temperature: float,
-    with_entropy: bool,
-    chunk: int,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probs of `targets` [T] under `hidden` [T, H] @ `weight` [V, H]^T / temperature.
+def fill_logits(
+    table: Tensor, hidden: Tensor, matrix: Tensor, allowed: Tensor | None, temperature: float
+) -> None:
+    """Writes the logits of `hidden` [C, H] under `matrix` [V, H] to `table` [C, V], -inf where
+    not `allowed` [V]; products in the matrix's dtype."""
+    states = hidden.to(matrix.dtype)
+    torch.mm(states if temperature == 1.0 else states / temperature, matrix.t(), out=table)
+    if allowed is not None:
+        table.masked_fill_(~allowed, float("-inf"))
 
-    Returns log-probs [T] and entropies [T] or None, in nats, in `compute_dtype`.
+
+def row_sums(table: Tensor, columns: Tensor, with_entropy: bool) -> Tensor:
+    """(a, z[y], others, moment), stacked [4, C], of logits [C, V], which become E, 0 at y.
+
+    columns [C]: y, or -1 where the target is not among these columns (z[y] is then -inf).
     """
-    dtype = compute_dtype(hidden, weight)
-    logp = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
-    entropy = torch.empty_like(logp) if with_entropy else None
-    table = torch.empty(0, dtype=dtype, device=hidden.device)
-    for rows, logits in _logits(hidden, weight.to(dtype), banned, temperature, chunk):
-        table = _room(table, logits)
-        torch.log_softmax(logits, dim=1, out=table)
-        logp[rows] = table.gather(1, targets[rows, None]).squeeze(1)
-        if entropy is not None:
-            probs = torch.exp(table, out=logits)
-            _fill(table, banned, 0.0)  # 0 * -inf is not 0
-            entropy[rows] = table.mul_(probs).sum(dim=1).neg_()
-    return logp, entropy
+    anchor = table.amax(1).clamp(min=torch.finfo(table.dtype).min)
+    inside, at = columns >= 0, columns.clamp(min=0)[:, None]
+    target = table.gather(1, at)[:, 0].where(inside, float("-inf"))
+    table.sub_(anchor[:, None]).exp_()
+    put(table, columns, torch.zeros_like(anchor))
+    moment = torch.xlogy(table, table).sum(1) if with_entropy else torch.zeros_like(anchor)
+    return torch.stack((anchor, target, table.sum(1), moment))
 
 
-def logprob_backward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    banned: Tensor | None,
+def put(table: Tensor, columns: Tensor, values: Tensor) -> None:
+    """table[r, columns[r]] = values[r] for every row r whose column is not -1."""
+    at = columns.clamp(min=0)[:, None]
+    values = values[:, None].to(table.dtype)
+    table.scatter_(1, at, values.where(columns[:, None] >= 0, table.gather(1, at)))
+
+
+def settle(sums: Tensor) -> Tensor:
+    """(a, gap, others, moment, shift) [5, T] from `row_sums` over the whole vocabulary.
+
+    shift: how far the row's anchor lies above that of the table, here 0 (see `shards`).
+    """
+    anchor, target, others, moment = sums
+    return torch.stack((anchor, target - anchor, others, moment, torch.zeros_like(anchor)))
+
+
+def finish(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies [T] in nats from settled sums; -inf where the target has no logit."""
+    _, gap, others, moment, _ = sums
+    logp = -torch.logaddexp(others.log() - gap, torch.zeros_like(gap))
+    target = gap.exp()
+    log_total = torch.where(gap.isneginf(), others.log(), gap - logp)
+    return logp, log_total - (moment + torch.xlogy(target, target)) / (others + target)
+
+
+def at_target(sums: Tensor) -> Tensor:
+    """What the table holds at the target's column, so that E / S there is p - 1; [C]."""
+    _, _, others, _, shift = sums
+    return -others / shift.exp()
+
+
+def gradient(
+    table: Tensor,
+    columns: Tensor,
+    sums: Tensor,
     temperature: float,
-    chunk: int,
-    *,
-    entropy: Tensor | None,
-    grad_logp: Tensor | None,
+    grad_logp: Tensor,
     grad_entropy: Tensor | None,
-    need_hidden: bool,
-    need_weight: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `hidden` and `weight`, each None where not needed, in their own dtypes.
-
-    With p = softmax(z): d logp / dz = onehot - p and d entropy / dz = -p (ln p + entropy). The
-    weight's gradient is summed over the chunks in `compute_dtype`.
-    """
-    dtype = compute_dtype(hidden, weight)
-    matrix = weight.to(dtype)
-    grad_hidden = torch.empty_like(hidden) if need_hidden else None
-    grad_weight = torch.zeros_like(matrix) if need_weight else None
-    table = torch.empty(0, dtype=dtype, device=hidden.device)
-    for rows, logits in _logits(hidden, matrix, banned, temperature, chunk):
-        table = _room(table, logits)
-        if entropy is not None and grad_entropy is not None:
-            torch.log_softmax(logits, dim=1, out=table)
-            probs = torch.exp(table, out=logits)
-            _fill(table, banned, 0.0)
-            table.add_(entropy[rows, None]).mul_(grad_entropy[rows, None])
-            if grad_logp is not None:
-                table.add_(grad_logp[rows, None])
-            grad = table.mul_(probs).neg_()
-        else:
-            assert grad_logp is not None
-            grad = torch.softmax(logits, dim=1, out=table).mul_(-grad_logp[rows, None])
-        if grad_logp is not None:
-            grad.scatter_add_(1, targets[rows, None], grad_logp[rows, None])
-        _fill(grad, banned, 0.0)  # a banned target has no gradient of its own
-        if temperature != 1.0:
-            grad.div_(temperature)
-        if grad_hidden is not None:
-            grad_hidden[rows] = (grad @ matrix).to(hidden.dtype)
-        if grad_weight is not None:
-            grad_weight.addmm_(grad.t(), hidden[rows].to(dtype))
-    return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+) -> Tensor:
+    """Turns E [C, V], with `at_target` in place, into a table whose rows, times the factors [C]
+    returned, are dL/d(hidden . weight), for upstream gradients [C] of log-prob and entropy (0 where
+    the log-prob is -inf). Without the latter the table is right as it is."""
+    _, gap, others, _, shift = sums
+    if grad_entropy is None:
+        return -grad_logp * shift.exp() / (others + gap.exp()) / temperature
+    scale, g, h, value = entropy_coefficients(sums, grad_logp, grad_entropy)
+    plogp = torch.xlogy(table.mul_(scale[:, None]), table)
+    table.mul_(g[:, None]).add_(plogp.mul_(h[:, None]))
+    put(table, columns, value)
+    return torch.full_like(gap, -1.0 / temperature)
 
 
-def _logits(
-    hidden: Tensor, matrix: Tensor, banned: Tensor | None, temperature: float, chunk: int
-) -> Iterator[tuple[slice, Tensor]]:
-    """Row slices and their logits [rows, V]; every slice overwrites the memory of the last."""
-    buffer = torch.empty(0, dtype=matrix.dtype, device=matrix.device)
-    for start in range(0, len(hidden), chunk):
-        rows = slice(start, min(start + chunk, len(hidden)))
-        states = hidden[rows].to(matrix.dtype)
-        if temperature != 1.0:
-            states = states / temperature
-        if len(buffer) != len(states):
-            buffer = matrix.new_empty(len(states), len(matrix))
-        torch.mm(states, matrix.t(), out=buffer)
-        _fill(buffer, banned, float("-inf"))
-        yield rows, buffer
-
-
-def _room(table: Tensor, like: Tensor) -> Tensor:
-    return table if table.shape == like.shape else torch.empty_like(like)
-
-
-def _fill(table: Tensor, columns: Tensor | None, value: float) -> None:
-    if columns is not None:
-        table.index_fill_(1, columns, value)
+def entropy_coefficients(sums: Tensor, grad_logp: Tensor, grad_entropy: Tensor) -> Tensor:
+    """(p / E, g, h, value at the target's column), stacked [4, C]: -dL/dz is g p + h p ln p
+    elsewhere."""
+    _, gap, others, _, shift = sums
+    logp, entropy = finish(sums)
+    target = gap.exp()
+    total = others + target
+    logp = logp.clamp(min=torch.finfo(gap.dtype).min)  # 0 * -inf is not 0
+    value = grad_entropy * target / total * (logp + entropy) - grad_logp * others / total
+    g = grad_logp + grad_entropy * entropy
+    return torch.stack((shift.exp() / total, g, grad_entropy, value))
 
 
 # --- policy loss -------------------------------------------------------------------------------
@@ -146,12 +144,14 @@ def kl_estimate(kind: str, new: Tensor, ref: Tensor) -> Tensor:
 def policy_loss(
     new: Tensor,
     old: Tensor,
-    advantage: Tensor,
-    weight: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    sequence_ids: Tensor,
     ref: Tensor | None,
     engine: Tensor | None,
     entropy: Tensor | None,
     *,
+    kind: str,
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
@@ -160,21 +160,40 @@ def policy_loss(
     importance_cap: float | None,
     entropy_coef: float,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sum of the per-token losses and the statistics of `loss.STATS`; all inputs are [T].
+    """Weighted sum of the per-token losses and the statistics of `loss.STATS`.
 
-    min(ratio A, clip(ratio) A), and its dual clip for A < 0, are written as one clamp of the
-    ratio, which leaves no ties between branches: for A >= 0 only the upper clip can bind, for
-    A < 0 only the lower one and dual_clip.
+    new, old, ref, engine, entropy [T]; advantages, weights [S]; sequence_ids [T], of which those
+    outside [0, S) are counted as faults and weigh nothing. Differentiable by autograd.
     """
-    old = old.detach()
-    negative = advantage < 0
-    ratio = (new - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    index, weight = _spread(weights.detach().to(new.dtype), sequence_ids)
+    live = weight != 0
+    advantage = advantages.detach().to(new.dtype).index_select(0, index).where(live, 0.0)
+    # What weighs nothing may hold anything, infinities too.
+    new, old = new.where(live, 0.0), old.detach().where(live, 0.0)
+    ref = None if ref is None else ref.where(live, 0.0)
+    engine = None if engine is None else engine.detach().where(live, 0.0)
+    entropy = None if entropy is None else entropy.where(live, 0.0)
+
+    log_ratio = new - old
+    if kind == "gspo":
+        mean = _sequence_means(log_ratio.detach(), live, index, len(weights))
+        log_ratio = log_ratio - log_ratio.detach() + mean
+    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     above, below = 1.0 + clip_high, 1.0 - clip_low
-    bounded = torch.where(negative, ratio.clamp(min=below, max=dual_clip), ratio.clamp(max=above))
-    token_loss = -advantage * bounded
+    negative, positive = advantage < 0, advantage > 0
+    if kind == "cispo":
+        token_loss = -advantage * ratio.detach().clamp(below, above) * new
+        low, high, dual_clip = ratio < below, ratio > above, None
+    else:
+        # min(ratio A, clip(ratio) A), and its dual clip for A < 0, as one clamp of the ratio: no
+        # ties between branches. For A >= 0 only the upper clip can bind, for A < 0 the others.
+        held = ratio.clamp(min=below, max=dual_clip).where(negative, ratio.clamp(max=above))
+        token_loss = -advantage * held
+        low, high = negative & (ratio < below), positive & (ratio > above)
+
     importance = torch.ones_like(ratio)
     if engine is not None and importance_cap is not None:
-        importance = (old - engine.detach()).exp().clamp(max=importance_cap)
+        importance = (old - engine).exp().clamp(max=importance_cap)
         token_loss = token_loss * importance
     if ref is not None and kl_coef != 0:
         token_loss = token_loss + kl_coef * kl_estimate(kl, new, ref)
@@ -183,15 +202,13 @@ def policy_loss(
     loss = (weight * token_loss).sum()
 
     with torch.no_grad():
-        live = weight != 0
         zero = torch.zeros_like(ratio)
-        gap = zero if engine is None else (old - engine).abs() * live
-        dual = zero if dual_clip is None else negative & (ratio > dual_clip)
+        gap = zero if engine is None else (old - engine).abs()
         columns = (
             torch.ones_like(ratio),
-            negative & (ratio < below),
-            (advantage > 0) & (ratio > above),
-            dual,
+            low,
+            high,
+            zero if dual_clip is None else negative & (ratio > dual_clip),
             ratio,
             zero if ref is None else kl_estimate("k1", new, ref),
             zero if ref is None else kl_estimate("k3", new, ref),
@@ -203,6 +220,22 @@ def policy_loss(
         largest = torch.cat((gap, gap.new_zeros(1))).amax()
         stats = torch.stack((*sums, loss.detach(), largest))
     return loss, stats
+
+
+def _spread(weights: Tensor, sequence_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices [T] into the sequences, and the tokens' weights, 0 where the id is no sequence's."""
+    ids = sequence_ids.long()
+    known = (ids >= 0) & (ids < len(weights))
+    faults.count(faults.SEQUENCE_RANGE, ~known)
+    index = ids.where(known, 0)
+    return index, weights.index_select(0, index).where(known, 0.0)
+
+
+def _sequence_means(values: Tensor, live: Tensor, index: Tensor, sequences: int) -> Tensor:
+    """For each token the mean of `values` over the live tokens of its sequence; [T]."""
+    sums = torch.zeros(2, sequences, dtype=torch.float64, device=values.device)
+    sums.index_add_(1, index, torch.stack((values * live, live)).double())
+    return (sums[0] / sums[1].clamp(min=1)).to(values.dtype).index_select(0, index)
 
 
 # --- best of N ---------------------------------------------------------------------------------
@@ -219,8 +252,12 @@ def best_of_n(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rewards, advantages [G, N] fp32, live [G] bool, counts [G, 8] int32 of `codes` [G, N] int8.
 
-    `values`, `has_bar` and `keeps_format` are the properties of `reward.RewardSpec`.
+    `values`, `has_bar` and `keeps_format` are the properties of `reward.RewardSpec`. An unknown
+    code counts as ABSENT, and as a fault.
     """
+    unknown = (codes < ABSENT) | (codes > FORMAT)
+    faults.count(faults.UNKNOWN_CODE, unknown)
+    codes = codes.masked_fill(unknown, ABSENT)
     judged = (codes >= W) & (codes < FORMAT)
     malformed = codes == FORMAT
     rewards = torch.zeros(codes.shape, dtype=torch.float64, device=codes.device)

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speciarl.kernels import reference
+from speciarl.kernels import faults, reference
 from speciarl.kernels.codes import ABSENT, CODES, FORMAT, A, S, W
+from speciarl.kernels.launch import use_triton
 
 Array = TypeVar("Array")
 
@@ -121,18 +122,28 @@ class GroupResult(NamedTuple, Generic[Array]):
     counts: Array
 
 
-def best_of_n(codes: Tensor, rule: RewardSpec, *, normalize: bool) -> GroupResult[Tensor]:
+def best_of_n(
+    codes: Tensor, rule: RewardSpec, *, normalize: bool, route: str = "auto"
+) -> GroupResult[Tensor]:
     """Rewards and group advantages of `codes` [G, N] int8, without a host synchronisation.
 
     Advantages are (r - mean) / (std + 1e-6) over the group's scored rollouts (unbiased std), or
     r - mean where `normalize` is off (Dr.GRPO); 0 where fewer than two rollouts count. Values are
-    computed in float64. Codes are taken as valid: `best_of_n_numpy` checks them.
+    computed in float64. route: "reference", "triton" (one launch), or "auto": triton on CUDA.
 
-    Raises ValueError if `codes` is not int8 [G, N] with N >= 1.
+    Raises ValueError if `codes` is not int8 [G, N] with N >= 1, for a route that cannot run, and
+    for an unknown code (on a device it is counted, see `kernels.faults`, and taken as ABSENT).
     """
     _check_codes(codes.dtype == torch.int8, str(codes.dtype), tuple(codes.shape))
+    faults.check_range("codes", codes, ABSENT, FORMAT + 1)
+    if use_triton(route, codes.device):
+        from speciarl.kernels import reward_kernel
+
+        implementation = reward_kernel.best_of_n
+    else:
+        implementation = reference.best_of_n
     return GroupResult(
-        *reference.best_of_n(
+        *implementation(
             codes,
             values=rule.values,
             has_bar=rule.has_bar,

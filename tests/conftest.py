@@ -3,12 +3,15 @@
 import os
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
+# Triton's interpreter runs the kernels on CPU tensors; it must be chosen before triton is imported.
+os.environ["TRITON_INTERPRET"] = "1"
 # Models are tiny here, and tests run side by side: more threads would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
@@ -17,6 +20,10 @@ torch.set_num_threads(1)
 SUPPORT = Path(__file__).parent / "support"
 sys.path.insert(0, str(SUPPORT))
 
+if find_spec("triton"):
+    import interpreter
+
+    interpreter.patch()
 
 settings.register_profile("same-every-time", derandomize=True, deadline=None)
 settings.load_profile("same-every-time")

@@ -33,6 +33,24 @@ def test_an_algorithm_fills_in_what_is_left_open(
     )
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "clip_low", "clip_high", "aggregation", "dynamic"),
+    [("cispo", 1.0, 4.0, "token-mean", True), ("gspo", 3e-4, 4e-4, "sequence-mean", False)],
+)
+def test_algorithms_with_a_loss_of_their_own(
+    algorithm: str, clip_low: float, clip_high: float, aggregation: str, dynamic: bool
+) -> None:
+    objective = ObjectiveConfig(algorithm)
+    assert objective.normalize is True
+    assert objective.aggregation == aggregation and objective.dynamic_sampling is dynamic
+    assert objective.loss == LossSpec(
+        kind=algorithm, clip_low=clip_low, clip_high=clip_high, kl_coef=0.0
+    )
+    assert ObjectiveConfig(algorithm, clip_high=0.1, kl_coef=0.01).loss == LossSpec(
+        kind=algorithm, clip_low=clip_low, clip_high=0.1, kl_coef=0.01
+    )
+
+
 def test_a_given_value_is_kept_even_where_it_is_zero() -> None:
     objective = ObjectiveConfig(
         "grpo",
@@ -61,10 +79,10 @@ def test_a_given_value_is_kept_even_where_it_is_zero() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"algorithm": "ppo"}, "'ppo'.*grpo, dr-grpo, dapo"),
+        ({"algorithm": "ppo"}, "'ppo'.*grpo, dr-grpo, dapo, cispo, gspo"),
         ({"aggregation": "mean"}, "'mean'.*token-mean, sequence-mean, constant"),
         ({"max_refills": -1}, "max_refills=-1"),
-        ({"clip_high": 1.0}, "clip_high = 1.0"),
+        ({"clip_high": -1.0}, "clip_high = -1.0"),
         ({"clip_low": -0.1}, "clip_low = -0.1"),
         ({"dual_clip": 1.0}, "dual_clip = 1.0"),
         ({"kl": "k4"}, "'k4'"),

@@ -12,6 +12,7 @@ from speciarl.core.batch import PackedBatch, pack
 from speciarl.core.policy import ModelConfig, Policy, whole
 from speciarl.core.prompts import PromptBuilder
 from speciarl.core.world import World
+from speciarl.kernels.loss import LossSpec
 from tiny import KINDS, Tiny, apart, perturb, plain_logprobs
 
 VISION = "model.visual."
@@ -76,9 +77,75 @@ def test_ways_of_holding_the_model_do_not_change_the_gradient(toy: Tiny, world: 
         {"reshard_after_forward": False},
         {"cpu_offload": True},
         {"head_chunk": 3},
+        {"head_mode": "store"},
+        {"head_mode": "recompute", "head_chunk": 3},
+        {"head_mode": "chunked"},
     ):
         found = gradient(toy, policy_of(toy, world, **settings))
         assert max(apart(found, wanted).values()) < 1e-5, settings
+
+
+def loss_gradient(
+    tiny: Tiny, policy: Policy, moved: bool
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Loss, statistics and gradient of a policy loss over the batch's seven sequences."""
+    batch = batch_of(tiny, policy)
+    far = torch.linspace(-7, -5, len(batch.targets))
+    loss, stats = policy.loss(
+        batch,
+        temperature=0.8,
+        spec=LossSpec(entropy_coef=0.01),
+        advantages=torch.linspace(-1, 1, 7),
+        weights=torch.linspace(0.1, 0.3, 7),
+        old=far if moved else None,
+        ref=far - 0.1,
+        engine=far + 0.1,
+    )
+    loss.backward()
+    grads = {name: whole(p.grad) for name, p in policy.parameters().items() if p.grad is not None}
+    return loss.detach(), stats, grads
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_loss_computed_in_the_head_is_the_same(
+    toy: Tiny, world: World, moved: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    wanted = loss_gradient(toy, policy_of(toy, world), moved)
+    how = {"head_mode": "chunked", "head_chunk": 4}
+    found = loss_gradient(toy, policy_of(toy, world, **how), moved)
+    torch.testing.assert_close(found[:2], wanted[:2], rtol=1e-5, atol=1e-5)
+    assert max(apart(found[2], wanted[2]).values()) < 1e-5
+    assert not [w for w in recwarn if "view" in str(w.message)]  # FSDP's
+
+
+@pytest.mark.parametrize("mode", ["store", "recompute", "chunked"])
+@pytest.mark.parametrize("route", ["rows", "expsum"])
+@pytest.mark.parametrize("kind", ["toy", "tied"])
+def test_a_heads_kernels_agree_with_the_reference(
+    kind: str,
+    route: str,
+    mode: str,
+    model_dirs: dict[str, Path],
+    pictures: Path,
+    world: World,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    """In bf16, as on a GPU. Tokens of both signs cancel, which leaves more of the rounding."""
+    pytest.importorskip("triton")
+    tiny = Tiny(model_dirs[kind], pictures)
+    wanted = loss_gradient(tiny, policy_of(tiny, world, dtype="bfloat16"), True)
+    how = {"head_route": route, "head_mode": mode, "head_chunk": 16}
+    policy = policy_of(tiny, world, dtype="bfloat16", **how)
+    assert policy.head_route == route
+    found = loss_gradient(tiny, policy, True)
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-4, atol=0)
+    assert max(apart(found[2], wanted[2]).values()) < 0.05
+    assert not [w for w in recwarn if "view" in str(w.message)]  # FSDP's
+
+
+def test_a_head_route_that_cannot_run_is_named(toy: Tiny, world: World) -> None:
+    with pytest.raises(ValueError, match="'expsum' cannot run here.*bf16.*model.head_route=auto"):
+        policy_of(toy, world, head_route="expsum")
 
 
 def test_checkpointing_recomputes_instead_of_keeping(toy: Tiny, world: World) -> None:
@@ -210,6 +277,8 @@ def test_the_compute_type() -> None:
         ({"attention": "eager"}, "'eager'.*sdpa"),
         ({"lora_rank": -1}, "lora_rank"),
         ({"head_chunk": -1}, "head_chunk"),
+        ({"head_route": "fast"}, "head_route='fast'.*reference, rows, expsum"),
+        ({"head_mode": "kept"}, "head_mode='kept'.*store, recompute, chunked"),
     ],
 )
 def test_impossible_values_are_named(values: dict, message: str) -> None:

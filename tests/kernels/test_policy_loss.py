@@ -2,13 +2,12 @@
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from speciarl.kernels.loss import STATS, LossSpec, policy_loss
+from losscases import COLUMNS, clipped_loss, draw, formula, gradients
+from speciarl.kernels.loss import KINDS, STATS, LossSpec, policy_gradients, policy_loss
 
 SPECS = [
     LossSpec(),
@@ -17,104 +16,29 @@ SPECS = [
     LossSpec(kl="k2", kl_coef=0.7, entropy_coef=0.05, dual_clip=1.5),
     LossSpec(kl="k3", kl_coef=-0.4, importance_cap=0.5, entropy_coef=-0.03),
     LossSpec(clip_low=0.0, clip_high=0.0, dual_clip=2.0),
+    LossSpec(kind="cispo", clip_low=1.0, clip_high=0.5, kl_coef=0.0),
+    LossSpec(kind="cispo", clip_low=0.3, kl="k1", importance_cap=1.5, entropy_coef=0.1),
+    LossSpec(kind="gspo", clip_low=0.1, clip_high=0.1, dual_clip=1.2),
+    LossSpec(kind="gspo", kl="k2", importance_cap=1.5, entropy_coef=0.1, dual_clip=None),
 ]
-
-
-def draw(seed: int = 0, tokens: int = 60, sequences: int = 7) -> dict[str, Any]:
-    rng = torch.Generator().manual_seed(seed)
-
-    def normal(size: int, scale: float) -> Tensor:
-        return torch.randn(size, generator=rng, dtype=torch.float64) * scale
-
-    new = -normal(tokens, 1.0).abs()
-    weights = torch.rand(sequences, generator=rng, dtype=torch.float64)
-    weights[2] = 0.0
-    advantages = normal(sequences, 1.0)
-    advantages[0] = 0.0
-    return {
-        "new": new.requires_grad_(),
-        "old": new.detach() + normal(tokens, 0.8),
-        "advantages": advantages,
-        "weights": weights,
-        "sequence_ids": torch.randint(sequences, (tokens,), generator=rng).sort().values.int(),
-        "ref": (new.detach() + normal(tokens, 0.5)).requires_grad_(),
-        "engine": new.detach() + normal(tokens, 0.5),
-        "entropy": normal(tokens, 1.0).abs().requires_grad_(),
-    }
-
-
-def token_oracle(
-    new: Tensor, old: float, ref: Tensor, engine: float, entropy: Tensor, adv: float, spec: LossSpec
-) -> Tensor:
-    """The loss of one token as the papers write it; scalars."""
-    ratio = torch.exp(new - old)
-    unclipped = -adv * ratio
-    clipped = -adv * torch.clamp(ratio, 1 - spec.clip_low, 1 + spec.clip_high)
-    loss = unclipped if unclipped >= clipped else clipped
-    if adv < 0 and spec.dual_clip is not None:
-        cap = torch.tensor(-adv * spec.dual_clip, dtype=torch.float64)
-        loss = loss if loss <= cap else cap
-    if spec.importance_cap is not None:
-        loss = loss * min(math.exp(old - engine), spec.importance_cap)
-    gap = ref - new
-    kl = {"k1": -gap, "k2": gap**2 / 2, "k3": torch.exp(gap) - gap - 1}[spec.kl]
-    return loss + spec.kl_coef * kl - spec.entropy_coef * entropy
-
-
-def oracle(data: dict[str, Any], spec: LossSpec) -> tuple[Tensor, dict[str, float]]:
-    total = torch.zeros((), dtype=torch.float64)
-    stats = dict.fromkeys(STATS, 0.0)
-    for t, s in enumerate(data["sequence_ids"].tolist()):
-        adv, weight = data["advantages"][s].item(), data["weights"][s].item()
-        new, old = data["new"][t], data["old"][t].item()
-        ref, engine, entropy = data["ref"][t], data["engine"][t].item(), data["entropy"][t]
-        loss = weight * token_oracle(new, old, ref, engine, entropy, adv, spec)
-        total = total + loss
-        if weight == 0:
-            continue
-        ratio, gap = math.exp(new.item() - old), ref.item() - new.item()
-        cap = spec.importance_cap
-        stats["tokens"] += 1
-        stats["clipped_low"] += adv < 0 and ratio < 1 - spec.clip_low
-        stats["clipped_high"] += adv > 0 and ratio > 1 + spec.clip_high
-        stats["dual_clipped"] += adv < 0 and ratio > (spec.dual_clip or math.inf)
-        stats["ratio"] += ratio
-        stats["kl_k1"] += -gap
-        stats["kl_k3"] += math.exp(gap) - gap - 1
-        stats["engine_mismatch"] += abs(old - engine)
-        stats["importance_weight"] += 1.0 if cap is None else min(math.exp(old - engine), cap)
-        stats["entropy"] += entropy.item()
-        stats["loss"] += loss.item()
-        stats["engine_mismatch_max"] = max(stats["engine_mismatch_max"], abs(old - engine))
-    return total, stats
-
-
-def gradients(loss: Tensor, data: dict[str, Any]) -> tuple[Tensor, ...]:
-    carriers = [data[name] for name in ("new", "ref", "entropy")]
-    return torch.autograd.grad(loss, carriers, allow_unused=True, materialize_grads=True)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_token_against_the_formula(spec: LossSpec, seed: int) -> None:
-    data = draw(seed)
+    data = draw(seed, in_order=bool(seed))
     loss, stats = policy_loss(**data, spec=spec)
-    expected, expected_stats = oracle(data, spec)
+    expected, expected_stats = formula(data, spec)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(
         gradients(loss, data), gradients(expected, data), rtol=1e-11, atol=1e-13
     )
     assert not stats.requires_grad
-    torch.testing.assert_close(
-        stats,
-        torch.tensor(list(expected_stats.values()), dtype=torch.float64),
-        rtol=1e-11,
-        atol=1e-12,
-    )
+    torch.testing.assert_close(stats, expected_stats, rtol=1e-11, atol=1e-12)
 
 
 def test_the_draws_reach_every_branch() -> None:
-    _, stats = policy_loss(**draw(), spec=LossSpec())
+    _, stats = policy_loss(**draw(2), spec=LossSpec())
     assert (stats[1:4] > 0).all(), STATS[1:4]  # clipped low, high and dual
 
 
@@ -125,7 +49,7 @@ def test_fp32_and_two_runs_are_bit_equal() -> None:
     loss, stats = policy_loss(**data, spec=spec)
     assert loss.dtype == stats.dtype == torch.float32
     double = {k: v if k == "sequence_ids" else v.double() for k, v in data.items()}
-    expected, _ = oracle(double, spec)
+    expected, _ = formula(double, spec)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
     again, stats_again = policy_loss(**data, spec=spec)
     assert torch.equal(loss, again) and torch.equal(stats, stats_again)
@@ -136,10 +60,9 @@ def test_micro_batches_add_up_to_the_whole(cuts: list[int]) -> None:
     data, spec = draw(), LossSpec(importance_cap=1.5, entropy_coef=0.1)
     loss, stats = policy_loss(**data, spec=spec)
     whole = gradients(loss, data)
-    columns = ("new", "old", "ref", "engine", "entropy", "sequence_ids")
     parts = []
     for start, stop in zip([0, *cuts], [*cuts, 60], strict=True):
-        cut = data | {name: data[name][start:stop] for name in columns}
+        cut = data | {name: data[name][start:stop] for name in COLUMNS}
         parts.append(policy_loss(**cut, spec=spec))
     summed = sum((part for part, _ in parts), torch.zeros((), dtype=torch.float64))
     torch.testing.assert_close(summed, loss, rtol=1e-12, atol=1e-12)
@@ -160,6 +83,62 @@ def test_zero_weight_sequences_contribute_nothing() -> None:
     alone, alone_stats = policy_loss(**kept, spec=spec)
     torch.testing.assert_close(alone, loss)
     torch.testing.assert_close(alone_stats, stats)
+
+
+def test_what_weighs_nothing_may_hold_anything() -> None:
+    for kind in KINDS:
+        spec = LossSpec(kind=kind, importance_cap=1.5, entropy_coef=0.1)
+        data = {k: v.detach() for k, v in draw().items()}
+        clean = policy_gradients(**data, spec=spec, ref_gradient=True)
+        filler = data["weights"][data["sequence_ids"].long()] == 0
+        for name in ("new", "old", "ref", "engine", "entropy"):
+            data[name] = data[name].masked_fill(filler, -math.inf)
+        data["advantages"] = data["advantages"].masked_fill(data["weights"] == 0, math.nan)
+        for one, other in zip(
+            clean, policy_gradients(**data, spec=spec, ref_gradient=True), strict=True
+        ):
+            assert one is not None and other is not None and torch.equal(one, other)
+
+
+def test_gspo_is_the_gradient_of_the_sequence_objective() -> None:
+    """Sum over sequences of weight x length x clipped loss of exp(mean log-ratio), eq. 5."""
+    data, spec = draw(), LossSpec(kind="gspo", clip_low=0.2, clip_high=0.2, kl_coef=0.0)
+    loss, _ = policy_loss(**data, spec=spec)
+    log_ratio, ids = data["new"] - data["old"], data["sequence_ids"]
+    direct = torch.zeros((), dtype=torch.float64)
+    for sequence, (weight, adv) in enumerate(zip(data["weights"], data["advantages"], strict=True)):
+        own = log_ratio[ids == sequence]
+        if len(own):
+            direct = direct + weight * len(own) * clipped_loss(own.mean().exp(), adv.item(), spec)
+    torch.testing.assert_close(loss, direct, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(loss, data)[0], gradients(direct, data)[0])
+
+
+def test_cispo_keeps_the_gradient_of_every_token() -> None:
+    data = draw()
+    spec = LossSpec(kind="cispo", clip_low=1.0, clip_high=0.5, kl_coef=0.0)
+    _, stats, slope, _, _ = policy_gradients(**data, spec=spec)
+    index = data["sequence_ids"].long()
+    per_token = data["weights"][index] * data["advantages"][index]
+    assert torch.equal(slope != 0, per_token != 0)
+    held = (data["new"] - data["old"]).exp().clamp(max=1.5)
+    torch.testing.assert_close(slope, -per_token * held)
+    assert stats[STATS.index("clipped_low")] == 0 < stats[STATS.index("clipped_high")]
+
+
+def test_gradients_without_autograd_are_those_of_the_loss() -> None:
+    data, spec = draw(), LossSpec(importance_cap=1.5, entropy_coef=0.1)
+    loss, stats = policy_loss(**data, spec=spec)
+    found = policy_gradients(**data, spec=spec, ref_gradient=True)
+    assert torch.equal(found.loss, loss) and torch.equal(found.stats, stats)
+    wanted = gradients(3.0 * loss, data)
+    for grad, expected in zip(found[2:], wanted, strict=True):
+        assert grad is not None and not grad.requires_grad
+        torch.testing.assert_close(3.0 * grad, expected)
+    assert (
+        policy_gradients(**data, spec=LossSpec(kl_coef=0.0), ref_gradient=True)[3:] == (None,) * 2
+    )
+    assert policy_gradients(**data, spec=LossSpec())[3:] == (None, None)
 
 
 def one_token(ratio: float, advantage: float, spec: LossSpec) -> tuple[float, float, dict]:
@@ -248,8 +227,7 @@ def test_huge_log_ratios_stay_finite() -> None:
 
 def test_no_tokens() -> None:
     data = draw()
-    columns = ("new", "old", "ref", "engine", "entropy", "sequence_ids")
-    empty = data | {name: data[name][:0] for name in columns}
+    empty = data | {name: data[name][:0] for name in COLUMNS}
     loss, stats = policy_loss(**empty, spec=LossSpec())
     loss.backward()
     assert loss == 0 and not stats.any()
@@ -267,9 +245,11 @@ def test_no_value_is_read_on_the_host() -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"clip_low": 1.0}, "clip_low"),
+        ({"kind": "ppo"}, "grpo, cispo, gspo"),
+        ({"clip_low": 1.1}, "clip_low"),
         ({"clip_low": -0.1}, "clip_low"),
-        ({"clip_high": 1.5}, "clip_high"),
+        ({"clip_high": -0.1}, "clip_high"),
+        ({"clip_high": math.inf}, "clip_high"),
         ({"dual_clip": 1.0}, "dual_clip"),
         ({"kl": "k4"}, "k1, k2, k3"),
         ({"kl_coef": math.nan}, "kl_coef"),
@@ -293,6 +273,12 @@ def test_bad_coefficients_are_named(changes: dict, named: str) -> None:
         (LossSpec(), {"new": torch.zeros(60, dtype=torch.bfloat16)}, "new"),
         (LossSpec(), {"weights": torch.zeros(3)}, "weights"),
         (LossSpec(), {"sequence_ids": torch.zeros(60)}, "sequence_ids"),
+        (LossSpec(), {"sequence_ids": torch.full((60,), 7)}, "sequence_ids holds 7"),
+        (LossSpec(), {"sequence_ids": torch.full((60,), -1)}, "sequence_ids holds -1"),
+        (LossSpec(), {"weights": torch.ones(0), "advantages": torch.ones(0)}, "weights is empty"),
+        (LossSpec(), {"old": torch.zeros(60, dtype=torch.float64, device="meta")}, "old lies on"),
+        (LossSpec(), {"route": "fused"}, "auto, reference, triton"),
+        (LossSpec(), {"route": "triton"}, "fp32"),
     ],
 )
 def test_bad_columns_are_named(spec: LossSpec, changes: dict, named: str) -> None:

@@ -1,82 +1,14 @@
 """Rewards and group advantages against a plain Python oracle over every small group."""
 
-import itertools
 import math
-import random
 
 import numpy as np
 import pytest
 import torch
 
-from speciarl.kernels.codes import (
-    ABSENT,
-    CODES,
-    FORMAT,
-    NAMES,
-    S_MINUS,
-    S_PLUS,
-    SPECIFICITY,
-    A,
-    G,
-    S,
-    W,
-)
-from speciarl.kernels.reward import RULES, GroupResult, RewardSpec, best_of_n, best_of_n_numpy
-
-TABLE = (-0.3, 0.1, 0.1, 0.7, 0.7, 0.2)
-SPECS = [RewardSpec(rule=rule, table=TABLE if rule == "table" else None) for rule in RULES] + [
-    RewardSpec(rule="speciarl-ordered", wrong_penalty=0.0, format_penalty=-0.25),
-    RewardSpec(rule="table", table=(0.7,) * 6),
-]
-STATIC: dict[str, dict[int, float]] = {
-    "static-binary": {S: 1, S_PLUS: 1},
-    "static-graded-1": {A: 0.25, G: 0.5, S_MINUS: 0.75, S: 1, S_PLUS: 1},
-    "static-graded-2": {G: 0.5, S_MINUS: 0.75, S: 1, S_PLUS: 1},
-    "static-graded-3": {S_MINUS: 0.75, S: 1, S_PLUS: 1},
-}
-
-
-def groups_of(size: int) -> np.ndarray:
-    """Every multiset of `size` codes, each row in a shuffled order."""
-    rng = random.Random(size)
-    rows = [list(row) for row in itertools.combinations_with_replacement(CODES, size)]
-    for row in rows:
-        rng.shuffle(row)
-    return np.array(rows, dtype=np.int8)
-
-
-def oracle(group: list[int], spec: RewardSpec, normalize: bool) -> tuple[list[float], list[float]]:
-    judged = [code for code in group if code not in (ABSENT, FORMAT)]
-    best = max(judged, default=W)
-    bar = {S_PLUS: S, W: A}.get(best, best)
-
-    def reward(code: int) -> float:
-        if code == ABSENT:
-            return 0.0
-        if code == FORMAT:
-            return spec.format_penalty
-        if spec.rule == "table":
-            return TABLE[code] if spec.table == TABLE else 0.7
-        if spec.rule.startswith("static"):
-            return STATIC[spec.rule.replace("-published", "")].get(code, 0.0)
-        if code >= bar:
-            return 1.0
-        return -spec.wrong_penalty if spec.rule == "speciarl-ordered" and code == W else 0.0
-
-    published = spec.rule == "speciarl" or spec.rule.endswith("-published")
-    rewards = [reward(code) for code in group]
-    counted = [i for i, c in enumerate(group) if c != ABSENT and (published or c != FORMAT)]
-    values = [rewards[i] for i in counted]
-    advantages = [0.0] * len(group)
-    if len(values) >= 2 and len(set(values)) > 1:
-        mean = math.fsum(values) / len(values)
-        std = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
-        for i in counted:
-            advantages[i] = (rewards[i] - mean) / (std + 1e-6 if normalize else 1.0)
-    for i, code in enumerate(group):
-        if code == FORMAT and not published:
-            advantages[i] = spec.format_penalty
-    return rewards, advantages
+from rewardcases import SPECS, by_hand, groups_of, name_of
+from speciarl.kernels.codes import ABSENT, CODES, FORMAT, NAMES, S_MINUS, SPECIFICITY, A, S, W
+from speciarl.kernels.reward import GroupResult, RewardSpec, best_of_n, best_of_n_numpy
 
 
 def both(codes: np.ndarray, spec: RewardSpec, normalize: bool) -> list[GroupResult]:
@@ -88,11 +20,11 @@ def both(codes: np.ndarray, spec: RewardSpec, normalize: bool) -> list[GroupResu
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.rule}{s.wrong_penalty}{s.table}")
+@pytest.mark.parametrize("spec", SPECS, ids=name_of)
 def test_every_group_up_to_five(spec: RewardSpec, normalize: bool) -> None:
     for size in range(1, 6):
         codes = groups_of(size)
-        expected = [oracle(row, spec, normalize) for row in codes.tolist()]
+        expected = [by_hand(row, spec, normalize) for row in codes.tolist()]
         rewards = np.array([r for r, _ in expected])
         advantages = np.array([a for _, a in expected])
         for result in both(codes, spec, normalize):
@@ -111,7 +43,7 @@ def test_every_group_up_to_five(spec: RewardSpec, normalize: bool) -> None:
 @pytest.mark.parametrize(
     "spec",
     [s for s in SPECS if s.rule != "speciarl" and not s.rule.endswith("-published")],
-    ids=lambda s: f"{s.rule}{s.wrong_penalty}{s.table}",
+    ids=name_of,
 )
 def test_a_wrong_answer_is_never_reinforced(spec: RewardSpec, normalize: bool) -> None:
     for size in range(1, 6):
@@ -150,7 +82,7 @@ def test_group_in_which_nothing_was_scored() -> None:
             assert (result.counts[:, 0] == 4).all() and not result.counts[:, 1:].any()
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.rule}{s.wrong_penalty}{s.table}")
+@pytest.mark.parametrize("spec", SPECS, ids=name_of)
 def test_large_random_groups_agree_on_device_and_host(spec: RewardSpec) -> None:
     codes = np.random.default_rng(0).integers(-1, 7, size=(300, 16)).astype(np.int8)
     host, device = both(codes, spec, True)
@@ -195,6 +127,11 @@ def test_bad_codes_are_refused() -> None:
         best_of_n(torch.zeros(2, 3), RewardSpec(), normalize=True)
     with pytest.raises(ValueError, match="int8"):
         best_of_n_numpy(np.zeros((2, 0), dtype=np.int8), RewardSpec(), normalize=True)
+    for code in (7, -2):
+        with pytest.raises(ValueError, match=rf"codes holds {code}; it must be in \[-1, 7\)"):
+            best_of_n(torch.tensor([[0, code]], dtype=torch.int8), RewardSpec(), normalize=True)
+    with pytest.raises(ValueError, match="auto, reference, triton"):
+        best_of_n(torch.zeros(2, 3, dtype=torch.int8), RewardSpec(), normalize=True, route="x")
     with pytest.raises(ValueError, match="7"):
         best_of_n_numpy(np.array([[0, 7]], dtype=np.int8), RewardSpec(), normalize=True)
 

@@ -28,6 +28,7 @@ from speciarl.core.optim import OptimConfig, Optimizer
 from speciarl.core.policy import ModelConfig, Policy, whole
 from speciarl.core.world import World, free_port, init_world, leave_world
 from speciarl.kernels.codes import ABSENT, FORMAT, S_MINUS, S_PLUS, A, G, S, W
+from speciarl.kernels.launch import has_triton
 from speciarl.kernels.reward import RewardSpec, best_of_n_numpy
 from tiny import Tiny, perturb, plain_table
 
@@ -75,7 +76,22 @@ CASES = {
     "lora": Case(KL, model={"lora_rank": 4, "lora_alpha": 8.0}),
     "qwen3": Case(ObjectiveConfig(aggregation="sequence-mean", kl="k2"), kind="qwen3"),
     "two updates": Case(KL, mini_batch=3, lr=0.03, model={"reshard_after_forward": False}),
+    "tied, loss in the head": Case(
+        ObjectiveConfig(kl_coef=0.1, entropy_coef=0.01),
+        kind="tied",
+        model={"head_mode": "chunked", "head_chunk": 7},
+    ),
 }
+if has_triton():  # kernels inside the head's all-gather, interpreted
+    CASES |= {
+        "kernels": Case(KL, model={"head_route": "rows", "head_mode": "store"}),
+        "tied, loss in the head, kernels": Case(
+            KL,
+            kind="tied",
+            budget=100_000,
+            model={"head_route": "rows", "head_mode": "chunked", "head_chunk": 16},
+        ),
+    }
 
 
 def judged_groups(tiny: Tiny, codes: Sequence[Sequence[int]]) -> list[JudgedGroup]:
