@@ -57,7 +57,8 @@ def measure_all(config: Config, world: World, data: Data) -> dict[str, Any]:
     """Figures by data set."""
     truths = [example.truth for part in data.eval.values() for example in part]
     judge = open_judge(config.judge, config.data.eval, truths)
-    collector = Collector(open_engine(config, world, data.builder), judge, data.builder, 1)
+    engine = open_engine(config, world, data.builder)
+    collector = Collector(engine, judge, data.builder, config.judge)
     cues = cue_images(Path(config.data.toyworld))
     limit, out = config.rollout.max_new_tokens, {}
     for name, examples in data.eval.items():

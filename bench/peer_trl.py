@@ -18,13 +18,12 @@ import tempfile
 from dataclasses import asdict
 from typing import Any, TextIO
 
-import numpy as np
 import torch
 
 from speciarl.bench.step_meter import Meter, StepRecord, peak_memory
-from speciarl.judge.grading import codes_of
 from speciarl.judge.registry import make_judge
-from speciarl.kernels.reward import RewardSpec, best_of_n_numpy
+from speciarl.judge.trl_reward import TRLReward
+from speciarl.kernels.reward import RewardSpec
 
 Job = dict[str, Any]
 
@@ -52,26 +51,18 @@ def image_only_processor(folder: str, meter: Meter) -> Any:
     )
 
 
-class Reward:
+class Reward(TRLReward):
     """Our judge and rule as TRL's reward function; also counts the tokens it is shown."""
 
-    __name__ = "speciarl"
-
     def __init__(self, job: Job) -> None:
-        self.judge = make_judge(job["judge"], taxonomy=job["taxonomy"])
-        self.rule = RewardSpec(**job["reward"])
-        self.group = job["n"]
+        judge = make_judge(job["judge"], taxonomy=job["taxonomy"])
+        super().__init__(judge, RewardSpec(**job["reward"]), num_generations=job["n"])
         self.tokens = 0
 
-    def __call__(
-        self, completions: Any, completion_ids: Any, truth: list[str], **other: Any
-    ) -> list[float]:
+    def __call__(self, **columns: Any) -> list[float | None]:
         """Rewards of all completions of a step; a prompt's are neighbours."""
-        self.tokens = sum(len(ids) for ids in completion_ids)
-        texts = [messages[0]["content"] for messages in completions]
-        codes = codes_of(self.judge, truth, texts).reshape(-1, self.group)
-        rewards = best_of_n_numpy(codes, self.rule, normalize=True).rewards
-        return np.asarray(rewards).reshape(-1).tolist()
+        self.tokens = sum(len(ids) for ids in columns["completion_ids"])
+        return super().__call__(**columns)
 
 
 def arguments(job: Job, folder: str) -> Any:

@@ -20,7 +20,6 @@ from speciarl.core.stream import PromptStore, PromptStream
 from speciarl.core.trainer import Trainer
 from speciarl.core.world import World
 from speciarl.kernels.codes import S, W
-from speciarl.rollout.engine import Group
 
 
 class AlternatingCollector(Collector):
@@ -29,12 +28,16 @@ class AlternatingCollector(Collector):
     Random weights never answer, and groups without signal would cost no learning.
     """
 
-    def _grade(self, example: Any, group: Group) -> tuple[JudgedGroup, float]:
-        judged, seconds = super()._grade(example, group)
-        completions = [
-            replace(c, code=(W, S)[index % 2]) for index, c in enumerate(judged.completions)
+    def _judged(self, *given: Any) -> list[JudgedGroup]:
+        return [
+            replace(
+                group,
+                completions=[
+                    replace(c, code=(W, S)[index % 2]) for index, c in enumerate(group.completions)
+                ],
+            )
+            for group in super()._judged(*given)
         ]
-        return replace(judged, completions=completions), seconds
 
 
 class _Noted(Trainer):
@@ -67,7 +70,7 @@ class OwnStep:
         if not answers:
             parts.collector.close()
             parts.collector = AlternatingCollector(
-                parts.engine, parts.collector.judge, parts.builder, config.judge.workers
+                parts.engine, parts.collector.judge, parts.builder, config.judge
             )
         self.trainer = _Noted(config, world, parts)
         self.meter = Meter()

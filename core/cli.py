@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from speciarl.core.cli_judge import judge
+
 # Loaded when called: they import torch and transformers, and `speciarl --help` is to be immediate.
 SCRIPTS = {
     "train": ("speciarl.core.train:main", "Train a policy with the SpeciaRL reward."),
@@ -105,44 +107,7 @@ def toymodel(out: Path, seed: int) -> None:
     click.echo(save_toymodel(out, seed))
 
 
-@main.group()
-def judge() -> None:
-    """Ask a judge."""
-
-
-@judge.command()
-@click.option("--taxonomy", "files", multiple=True, required=True, help="File; may be repeated.")
-@click.option("--truth", required=True, help="What the image shows.")
-@click.option("--prediction", required=True, help="An answer, or a completion with answer tags.")
-def grade(files: tuple[str, ...], truth: str, prediction: str) -> None:
-    """Print the category of a prediction.
-
-    In brackets: what decided it.
-
-    \b
-    Examples:
-      speciarl judge grade --taxonomy data/toyworld/taxonomy.json \\
-          --truth "golden warbler" --prediction warbler
-      speciarl judge grade --taxonomy birds.json --truth "house sparrow" \\
-          --prediction "<answer>a bird</answer>"
-    """
-    from speciarl.judge.answers import parse_answer
-    from speciarl.judge.base import Pair
-    from speciarl.judge.taxonomy import Taxonomy, TaxonomyJudge
-    from speciarl.kernels.codes import FORMAT, NAMES
-
-    try:
-        grader = TaxonomyJudge(Taxonomy.load(*files))
-        grader.check([truth])
-    except (OSError, ValueError) as error:
-        raise click.ClickException(str(error)) from None
-    answer = parse_answer(prediction) if "<answer" in prediction else prediction
-    if answer is None:
-        click.echo(f"{NAMES[FORMAT]} (not exactly one pair of answer tags)")
-        return
-    verdict = grader.grade([Pair(truth, answer)])[0]
-    assert verdict.category is not None  # only for a truth without an entry
-    click.echo(f"{NAMES[verdict.category]} ({verdict.source})")
+main.add_command(judge)
 
 
 if __name__ == "__main__":

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from speciarl.core.examples import Example
 from speciarl.core.prompts import PromptBuilder
+from speciarl.core.verdicts import Figures, Watch, summed
 from speciarl.judge.base import Judge
 from speciarl.judge.grading import codes_of
-from speciarl.rollout.engine import Group, Prompt, Request, RolloutEngine, Sampling
+from speciarl.judge.noise import moved
+from speciarl.judge.settings import JudgeConfig
+from speciarl.rollout.engine import Group, Prompt, Request, Rollout, RolloutEngine, Sampling
+from speciarl.rollout.seeds import uniform_rows
 
 
 @dataclass(frozen=True)
@@ -38,42 +42,53 @@ class JudgedGroup:
 
 @dataclass
 class Timing:
-    """Seconds of this rank, and tokens sampled."""
+    """Seconds of this rank, tokens sampled, and the figures of the judge (`Watch.figures`)."""
 
     generate: float = 0.0
     judge: float = 0.0
     tokens: int = 0
+    verdicts: Figures = field(default_factory=dict)
+
+    def add(self, other: Timing) -> None:
+        """Adds those of a further round."""
+        self.generate += other.generate
+        self.judge += other.judge
+        self.tokens += other.tokens
+        self.verdicts = summed([self.verdicts, other.verdicts])
+
+
+Answered = tuple[Example, Group]
 
 
 class Collector:
     """Turns prompts into judged groups on this rank.
 
+    A concurrent judge grades on worker threads while others are still being generated. One that
+    shares the engine's device gets everything in one call after generation, and the engine stays
+    asleep until somebody wakes it: this collector, or the push of new weights.
+
     Args:
         engine: samples the completions.
-        judge: grades them on worker threads while others are still being generated.
+        judge: grades them.
         builder: decodes token ids.
-        workers: judge threads.
+        config: threads, noise and limit of faults.
+        tell: gets a line now and then while grading takes long.
     """
 
     def __init__(
-        self, engine: RolloutEngine, judge: Judge, builder: PromptBuilder, workers: int
+        self,
+        engine: RolloutEngine,
+        judge: Judge,
+        builder: PromptBuilder,
+        config: JudgeConfig,
+        tell: Callable[[str], None] | None = None,
     ) -> None:
         self.engine = engine
         self.judge = judge
         self.builder = builder
-        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="judge")
-
-    def _grade(self, example: Example, group: Group) -> tuple[JudgedGroup, float]:
-        start = time.perf_counter()
-        rollouts = sorted(group.rollouts, key=lambda r: r.sample_id)
-        texts = [self.builder.decode(r.ids) for r in rollouts]
-        codes = codes_of(self.judge, [example.truth] * len(texts), texts)
-        completions = [
-            Completion(r.ids, r.logprobs, r.finish_reason, r.weight_version, int(code))
-            for r, code in zip(rollouts, codes, strict=True)
-        ]
-        judged = JudgedGroup(example, len(rollouts[0].prompt.input_ids), completions)
-        return judged, time.perf_counter() - start
+        self.config = config
+        self.tell = tell
+        self.pool = ThreadPoolExecutor(config.threads, thread_name_prefix="judge")
 
     def collect(
         self, work: Sequence[tuple[Example, Prompt]], n: int, sampling: Sampling
@@ -87,20 +102,69 @@ class Collector:
         """
         examples = {example.key: example for example, _ in work}
         requests = [Request(prompt, example.key, tuple(range(n))) for example, prompt in work]
-        graded: dict[str, Future[tuple[JudgedGroup, float]]] = {}
-        timing = Timing()
+        watch, timing = Watch(self.judge), Timing()
+        finished: dict[str, Answered] = {}
+        graded: dict[str, Future[list[JudgedGroup]]] = {}
+        self.engine.wake()
         start = time.perf_counter()
         for group in self.engine.generate(requests, sampling):
-            example = examples[group.group_key]
-            graded[group.group_key] = self.pool.submit(self._grade, example, group)
+            answered = finished[group.group_key] = (examples[group.group_key], group)
+            if self.judge.concurrent:
+                job = self.pool.submit(self._judged, [answered], watch, sampling)
+                graded[group.group_key] = job
             timing.tokens += sum(len(r.ids) for r in group.rollouts)
         timing.generate = time.perf_counter() - start
-        lost = [example.key for example, _ in work if example.key not in graded]
+        lost = [key for key in examples if key not in finished]
         if lost:
             raise RuntimeError(f"the engine ended without {len(lost)} groups, {lost[0]} among them")
-        done = [graded[example.key].result()[0] for example, _ in work]
+        with watch.telling(self.tell, n * len(work)):
+            if self.judge.concurrent:
+                groups = [graded[example.key].result()[0] for example, _ in work]
+            else:
+                groups = self._in_turn([finished[e.key] for e, _ in work], watch, sampling)
         timing.judge = time.perf_counter() - start - timing.generate
-        return done, timing
+        timing.verdicts = watch.figures()
+        return groups, timing
+
+    def _in_turn(
+        self, answered: Sequence[Answered], watch: Watch, sampling: Sampling
+    ) -> list[JudgedGroup]:
+        """All groups in one call, while the engine sleeps."""
+        self.engine.sleep()
+        self.judge.wake()
+        groups = self._judged(answered, watch, sampling)
+        self.judge.sleep()
+        return groups
+
+    def _judged(
+        self, answered: Sequence[Answered], judge: Judge, sampling: Sampling
+    ) -> list[JudgedGroup]:
+        """The groups with their codes, from one call to the judge."""
+        samples = [(e, sorted(g.rollouts, key=lambda r: r.sample_id)) for e, g in answered]
+        truths = [example.truth for example, rollouts in samples for _ in rollouts]
+        texts = [self.builder.decode(r.ids) for _, rollouts in samples for r in rollouts]
+        codes = codes_of(judge, truths, texts)
+        if self.config.noise:
+            codes = self._noisy(codes, samples, sampling.step)
+        given = iter(codes.tolist())
+        return [
+            JudgedGroup(
+                example,
+                len(rollouts[0].prompt.input_ids),
+                [
+                    Completion(r.ids, r.logprobs, r.finish_reason, r.weight_version, next(given))
+                    for r in rollouts
+                ],
+            )
+            for example, rollouts in samples
+        ]
+
+    def _noisy(
+        self, codes: np.ndarray, samples: Sequence[tuple[Example, list[Rollout]]], step: int
+    ) -> np.ndarray:
+        names = [(f"noise:{e.key}", r.sample_id) for e, rollouts in samples for r in rollouts]
+        draws = uniform_rows(self.config.noise_seed, step, names, 2)
+        return moved(codes, self.config.noise, draws)
 
     def close(self) -> None:
         """Stops the worker threads."""

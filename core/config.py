@@ -11,7 +11,7 @@ from speciarl.core.optim import OptimConfig
 from speciarl.core.policy import ModelConfig
 from speciarl.core.settings import load, preset_path
 from speciarl.core.stream import DataConfig
-from speciarl.judge.registry import JudgeConfig
+from speciarl.judge.settings import JudgeConfig
 from speciarl.kernels.reward import RewardSpec
 from speciarl.rollout.registry import RolloutConfig
 
@@ -89,6 +89,11 @@ class Config:
                 f"rollout.n={self.rollout.n} with objective.normalize: a group's standard "
                 "deviation needs at least 2 completions; raise rollout.n or set "
                 "objective.normalize=false"
+            )
+        if self.model.head_mode == "chunked" and self.objective.loss.kind == "gspo":
+            raise ValueError(
+                "model.head_mode=chunked with objective.algorithm=gspo: its ratios need all tokens "
+                "of a sequence at once; set model.head_mode=auto"
             )
 
 

@@ -46,6 +46,18 @@ LAYOUT: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
         "tokens/s",
         (("tokens_per_s/generate", "generate", COUNT), ("tokens_per_s/learn", "learn", COUNT)),
     ),
+    (
+        "judge",
+        (
+            ("judge/verdicts_per_s", "verdicts/s", COUNT),
+            ("judge/by_rule", "rule", SHARE),
+            ("judge/by_batch", "batch", SHARE),
+            ("judge/by_cache", "cache", SHARE),
+            ("judge/model_calls", "asked", COUNT),
+            ("judge/faults", "faults", COUNT),
+            ("judge/agreement", "agree", SHARE),
+        ),
+    ),
     ("reward", (("reward/mean", "mean", NUMBER), ("groups/no_signal", "no signal", SHARE))),
     (
         "answers",

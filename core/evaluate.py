@@ -21,17 +21,17 @@ def evaluate_model(config: Config, world: World, out: Path) -> Report:
 
     from speciarl.core.collect import Collector
     from speciarl.core.evaluation import Predictions, evaluate
-    from speciarl.core.inputs import open_data, open_judge
+    from speciarl.core.inputs import default_cache, open_data, open_judge
     from speciarl.core.modelcheck import model_record
     from speciarl.core.parts import open_engine, report_of, write_metrics
 
-    settings, kind = config.evaluation, config.evaluation.judge
+    settings = config.evaluation
     if not config.data.eval:
         raise ValueError("there is no [data.eval.NAME] table: nothing to evaluate")
     data = open_data(config, world, train=False)
     truths = [example.truth for part in data.eval.values() for example in part]
-    kind = config.judge if kind.kind == "same" else kind
-    judge = open_judge(kind, config.data.eval, truths)
+    examiner = settings.judged_by(config.judge)
+    judge = open_judge(examiner, config.data.eval, truths, default_cache(out, world))
     sampling = settings.sampling(config.rollout.max_new_tokens)
     record = {
         **model_record(config.model),
@@ -43,8 +43,8 @@ def evaluate_model(config: Config, world: World, out: Path) -> Report:
         "sampling": repr(sampling),
     }
     predictions = Predictions(out, record, world)
-    engine = open_engine(config, world, data.builder)
-    collector = Collector(engine, judge, data.builder, kind.workers)
+    engine = open_engine(config, world, data.builder, keep_weights=True)
+    collector = Collector(engine, judge, data.builder, examiner)
     total = -(-sum(len(part) for part in data.eval.values()) // world.size)
     try:
         with Progress(disable=not world.main, transient=True) as bar:
@@ -61,6 +61,7 @@ def evaluate_model(config: Config, world: World, out: Path) -> Report:
             )
     finally:
         collector.close()
+        judge.close()
         engine.close()
     result = report_of(rows, skipped)
     if world.main:

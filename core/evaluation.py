@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from speciarl.core.collect import Collector, JudgedGroup
 from speciarl.core.examples import Example
 from speciarl.core.stream import PromptStore
+from speciarl.core.verdicts import Figures, summed, too_many_faults
 from speciarl.core.world import World
 from speciarl.judge.answers import parse_answer
-from speciarl.judge.registry import JudgeConfig
-from speciarl.kernels.codes import NAMES
+from speciarl.judge.settings import SAME, JudgeConfig
+from speciarl.kernels.codes import ABSENT, NAMES
 from speciarl.rollout.engine import Sampling
 
 CHUNK = 64
+CHUNK_IN_TURN = 512  # with a judge for which the engine must sleep each time
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class EvaluationConfig:
     """Length limit of an answer; 0 takes the rollout's."""
     seed: int = 0
     """Of best-of-k sampling."""
-    judge: JudgeConfig = field(default_factory=lambda: JudgeConfig(kind="same"))
-    """Judge of evaluation; kind "same" takes the training judge's settings."""
+    judge: JudgeConfig = field(default_factory=lambda: JudgeConfig(kind=SAME))
+    """Judge of evaluation; kind "same" takes the training judge, without its noise."""
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.k < 1 or self.max_new_tokens < 0:
@@ -57,6 +59,10 @@ class EvaluationConfig:
             seed=self.seed,
         )
 
+    def judged_by(self, training: JudgeConfig) -> JudgeConfig:
+        """The judge's settings: without noise where they are those of `training`."""
+        return replace(training, noise=0.0) if self.judge.kind == SAME else self.judge
+
 
 class Predictions:
     """JSON lines in a folder, one file a rank, from which an interrupted evaluation goes on.
@@ -74,7 +80,8 @@ class Predictions:
         self.folder = folder
         self.path = folder / f"predictions.rank{world.rank}.jsonl"
         world.first(lambda: self._claim(dict(settings)))
-        self.rows = {row["key"]: row for row in self._read()}
+        self.rows: dict[str, dict[str, Any]] = {}
+        merge(self.rows, self._read())
         world.barrier()
 
     def _claim(self, settings: dict[str, Any]) -> None:
@@ -112,6 +119,18 @@ class Predictions:
         self.rows.update((row["key"], row) for row in rows)
 
 
+def judged(row: Mapping[str, Any]) -> bool:
+    """Whether every answer of a row of predictions has a verdict."""
+    return ABSENT not in row["codes"]
+
+
+def merge(rows: dict[str, dict[str, Any]], more: Iterable[dict[str, Any]]) -> None:
+    """Adds rows to those known by key; one with all its verdicts is never replaced."""
+    for row in more:
+        if row["key"] not in rows or not judged(rows[row["key"]]):
+            rows[row["key"]] = row
+
+
 def _row(group: JudgedGroup, texts: Sequence[str]) -> dict[str, Any]:
     example = group.example
     return {
@@ -137,7 +156,7 @@ def evaluate(
     predictions: Predictions,
     progress: Any = None,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Answers for every image of every dataset that has none yet.
+    """Answers for every image of every dataset that has none yet, or one without a verdict.
 
     Args:
         collector: engine and judge of this evaluation.
@@ -148,24 +167,33 @@ def evaluate(
 
     Returns:
         (all rows, skipped examples with reasons), the same on every rank.
+
+    Raises:
+        RuntimeError: too few verdicts (judge.max_fault_share); the answers so far are kept.
     """
     wanted = [example for part in datasets.values() for example in part]
-    missing = [example for example in wanted if example.key not in predictions.rows]
+    there = {key for key, row in predictions.rows.items() if judged(row)}
+    missing = [example for example in wanted if example.key not in there]
     mine = missing[world.rank :: world.size]
     skipped: dict[str, str] = {}
-    for start in range(0, len(mine), CHUNK):
-        chunk = mine[start : start + CHUNK]
+    figures: Figures = {}
+    chunks = CHUNK if collector.judge.concurrent else CHUNK_IN_TURN
+    for start in range(0, len(mine), chunks):
+        chunk = mine[start : start + chunks]
         work = [(e, p) for e in chunk if (p := store.get(e)) is not None]
         skipped.update({e.key: store.problems[e.key] for e in chunk if e.key in store.problems})
         if work:
-            groups, _ = collector.collect(work, k, sampling)
+            groups, timing = collector.collect(work, k, sampling)
+            figures = summed([figures, timing.verdicts])
+            if problem := too_many_faults(figures, collector.config.max_fault_share):
+                raise RuntimeError(f"the evaluation stopped: {problem}")
             decode = collector.builder.decode
             predictions.add([_row(g, [decode(c.ids) for c in g.completions]) for g in groups])
         if progress is not None:
             progress(len(chunk))
     rows: dict[str, dict[str, Any]] = {}
     for part in world.gather(predictions.rows):
-        rows.update(part)
+        merge(rows, part.values())
     for bad in world.gather(skipped):
         skipped.update(bad)
     return [rows[e.key] for e in wanted if e.key in rows], skipped

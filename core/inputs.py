@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from speciarl.core.stream import PromptStore
 from speciarl.core.toyworld import ensure_toyworld
 from speciarl.core.world import World
 from speciarl.judge.base import Judge
-from speciarl.judge.registry import JudgeConfig, make_judge
+from speciarl.judge.registry import build_judge
+from speciarl.judge.settings import JudgeConfig
 
 
 @dataclass
@@ -60,20 +62,45 @@ def open_data(config: Config, world: World, *, train: bool = True) -> Data:
     )
 
 
+def default_cache(out: Path, world: World) -> Path:
+    """The file of verdicts beside a run's folder; one for each host where there are several."""
+    host = f".{socket.gethostname()}" if world.size > world.local_size else ""
+    return out.parent / f"verdicts{host}.sqlite"
+
+
 def open_judge(
-    config: JudgeConfig, tables: Mapping[str, DataTable], truths: Sequence[str]
+    config: JudgeConfig,
+    tables: Mapping[str, DataTable],
+    truths: Sequence[str],
+    cache: Path | None = None,
 ) -> Judge:
     """The judge, checked against every label it will be asked about.
 
+    Args:
+        config: which judge; not "same".
+        tables: their taxonomies are what the exact judge grades by, and names that the rules of
+            the others know.
+        truths: every label.
+        cache: where verdicts are kept by default; None for nowhere.
+
     Raises:
-        ValueError: no taxonomy named, or labels without an entry in it.
+        ValueError: no taxonomy named for the exact judge, labels that cannot be judged, a cache
+            file that cannot be used.
+        OSError: a server out of reach.
+        ImportError: naming the extra to install.
     """
     files = sorted({table.taxonomy for table in tables.values() if table.taxonomy})
-    if not files:
+    if not files and any(member.kind == "taxonomy" for member in config.members()):
         raise ValueError(
-            f"judge kind {config.kind!r} needs a taxonomy: set taxonomy = FILE in a "
+            "judge kind 'taxonomy' needs a taxonomy: set taxonomy = FILE in a "
             f"[data] table ({', '.join(tables) or 'there is none'})"
         )
-    judge = make_judge(config.kind, taxonomy=files)
-    judge.check(truths)
+    judge = build_judge(config, taxonomies=files, names=dict.fromkeys(truths), cache=cache)
+    try:
+        judge.check(truths)
+        if not judge.concurrent:
+            judge.sleep()
+    except BaseException:
+        judge.close()
+        raise
     return judge

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +17,35 @@ from speciarl.core.checkpoint import CheckpointStore, check_shared
 from speciarl.core.collect import Collector
 from speciarl.core.config import Config
 from speciarl.core.evaluation import Predictions, evaluate
-from speciarl.core.inputs import Data, open_data, open_judge
+from speciarl.core.inputs import Data, default_cache, open_data, open_judge
 from speciarl.core.learner import Learner
 from speciarl.core.metrics import Report, best_of_k, report
-from speciarl.core.monitor import Monitor
+from speciarl.core.monitor import Monitor, run_versions
 from speciarl.core.optim import Optimizer
 from speciarl.core.policy import Policy, load_model
 from speciarl.core.prompts import PromptBuilder
 from speciarl.core.settings import to_dict
 from speciarl.core.stream import PromptStream
 from speciarl.core.world import World
+from speciarl.judge.settings import SAME
 from speciarl.rollout.engine import RolloutEngine
 from speciarl.rollout.registry import make_engine
 
 TELL_EVERY = 30.0  # seconds between signs of life of a long evaluation
 
 
-def open_engine(config: Config, world: World, builder: PromptBuilder) -> RolloutEngine:
-    """The rollout engine of this rank, with a copy of the policy's first weights."""
+def open_engine(
+    config: Config, world: World, builder: PromptBuilder, *, keep_weights: bool = False
+) -> RolloutEngine:
+    """The rollout engine of this rank, with a copy of the policy's first weights.
+
+    Args:
+        keep_weights: sleep must keep them even if `rollout.sleep` does not ask for it: the engine
+            wakes more often than it gets new ones.
+    """
     model: nn.Module = load_model(config.model, config.model.compute_dtype(world.device))
     return make_engine(
-        config.rollout,
+        replace(config.rollout, sleep=False) if keep_weights else config.rollout,
         model.to(world.device).eval(),
         stop_ids=builder.stop_ids,
         banned_ids=builder.banned_ids,
@@ -66,6 +74,11 @@ class Parts:
     def builder(self) -> PromptBuilder:
         """Processor and tokenizer."""
         return self.data.builder
+
+    def write_record(self) -> None:
+        """Settings, versions and the judge's identity, in the run folder."""
+        judge = {"judge": self.collector.judge.identity}
+        self.monitor.write_run_record(versions=run_versions() | judge)
 
     def evaluate(self, step: int) -> Report:
         """Metrics of the engine's weights on every evaluation set; kept in the run folder."""
@@ -112,7 +125,8 @@ class Parts:
         self.collector.close()
         self.evaluator.close()
         self.collector.judge.close()
-        self.evaluator.judge.close()
+        if self.evaluator.judge is not self.collector.judge:
+            self.evaluator.judge.close()
         self.engine.close()
         self.monitor.close()
 
@@ -157,10 +171,11 @@ def build(config: Config, world: World, *, supervised: bool = False, quiet: bool
     every = {**config.data.train, **{f"eval.{k}": v for k, v in config.data.eval.items()}}
     asked = data.eval.values() if supervised else (data.train, *data.eval.values())
     truths = [example.truth for part in asked for example in part]
-    judge = open_judge(config.judge, every, truths)
-    apart = config.evaluation.judge.kind != "same"
-    kind = config.evaluation.judge if apart else config.judge
-    examiner = open_judge(kind, every, truths) if apart else judge
+    cache = default_cache(out, world)
+    judge = open_judge(config.judge, every, truths, cache)
+    examination = config.evaluation.judged_by(config.judge)
+    apart = config.evaluation.judge.kind != SAME
+    examiner = open_judge(examination, every, truths, cache) if apart else judge
     batch = config.train.prompts if config.data.drop_last else 1
     stream = PromptStream(data.train, data.store, world, config.train.seed, batch)
     stream.require(config.train.prompts)
@@ -180,8 +195,11 @@ def build(config: Config, world: World, *, supervised: bool = False, quiet: bool
         mini_batch=config.train.mini_batch,
         prompt_of=data.store.need,
     )
-    engine = open_engine(config, world, data.builder)
+    in_turn = not (judge.concurrent and examiner.concurrent)
+    engine = open_engine(config, world, data.builder, keep_weights=in_turn)
     store = CheckpointStore(out, config.train.keep)
+    monitor = open_monitor(config, world, store, quiet=quiet)
+    tell = monitor.message
     return Parts(
         out=out,
         data=data,
@@ -189,11 +207,11 @@ def build(config: Config, world: World, *, supervised: bool = False, quiet: bool
         optimizer=optimizer,
         learner=learner,
         engine=engine,
-        collector=Collector(engine, judge, data.builder, config.judge.workers),
-        evaluator=Collector(engine, examiner, data.builder, kind.workers),
+        collector=Collector(engine, judge, data.builder, config.judge, tell),
+        evaluator=Collector(engine, examiner, data.builder, examination, tell),
         stream=stream,
         store=store,
-        monitor=open_monitor(config, world, store, quiet=quiet),
+        monitor=monitor,
         config=config,
         world=world,
     )

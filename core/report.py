@@ -15,7 +15,9 @@ from speciarl.core.learner import Learned
 from speciarl.core.metrics import Report, Tally
 from speciarl.core.monitor import Monitor
 from speciarl.core.settings import differences, to_dict
+from speciarl.core.verdicts import judge_scalars
 from speciarl.core.world import World
+from speciarl.kernels import faults
 from speciarl.kernels.codes import NAMES
 from speciarl.kernels.loss import STATS
 from speciarl.kernels.reward import best_of_n_numpy
@@ -41,26 +43,31 @@ class Deferred:
         """Starts the copy of a step's statistics."""
         tensors: list[torch.Tensor] = []
         if learned is not None:
-            tensors = [self._to_host(t) for t in (learned.stats, learned.norms, learned.skipped)]
+            wanted = (learned.stats, learned.norms, learned.skipped, learned.faults)
+            tensors = [self._to_host(tensor) for tensor in wanted]
             if self.cuda:
                 self.event = torch.cuda.Event()
                 self.event.record()
         self.waiting = (step, scalars, tensors)
 
-    def take(self) -> tuple[int, Scalars, list[bool]] | None:
-        """(step, scalars, which updates were skipped) of the step last put, once."""
+    def take(self) -> tuple[int, Scalars, list[bool], str | None] | None:
+        """(step, scalars, which updates were skipped, what was wrong) of the step last put, once.
+
+        What was wrong: the message of `kernels.faults`, None if nothing was.
+        """
         if self.waiting is None:
             return None
         step, scalars, tensors = self.waiting
         self.waiting = None
         if not tensors:
-            return step, scalars, []
+            return step, scalars, [], None
         if self.event is not None:
             self.event.synchronize()
-        stats, norms, skipped = (t.tolist() for t in tensors)
+        stats, norms, skipped, counts = (t.tolist() for t in tensors)
         scalars.update(loss_scalars(dict(zip(STATS, stats, strict=True))))
         scalars["policy/grad_norm"] = sum(norms) / len(norms)
-        return step, scalars, [bool(s) for s in skipped]
+        scalars["policy/clamped"] = float(counts[faults.LOGPROB_CLAMPED])
+        return step, scalars, [bool(s) for s in skipped], faults.explain(counts)
 
 
 def loss_scalars(stats: Scalars) -> Scalars:
@@ -106,6 +113,7 @@ def step_scalars(
     tally = Tally.of(codes)
     scalars.update({f"rate/{_slug(name)}": rate for name, rate in tally.rates().items()})
     scalars["rate/unscored"] = sum(c.code < 0 for c in completions) / len(completions)
+    scalars.update(judge_scalars(timing.verdicts))
     scalars["completions/tokens"] = sum(len(c.ids) for c in completions) / len(completions)
     scalars["completions/cut"] = sum(c.finish == "length" for c in completions) / len(completions)
     return scalars

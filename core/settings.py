@@ -38,6 +38,7 @@ T = TypeVar("T")
 Tree = dict[str, Any]  # str -> Tree | _Leaf
 _SCALARS = (bool, int, float, str)
 _WRONG = object()
+_SECRETS = ("key", "secret", "password")  # the value of a key that is called so is not repeated
 _CLOSE = 0.6  # difflib's own default for "similar"
 
 
@@ -192,7 +193,8 @@ class _Reader:
             for name, sub in node.items():
                 self.unknown(sub, (*key, name))
             return
-        value = f" = {node}" if isinstance(node, _Leaf) else ""
+        secret = any(word in key[-1].lower() for word in _SECRETS)
+        value = f" = {node}" if isinstance(node, _Leaf) and not secret else ""
         valid = [slot.key for slot in slots(self.root, like=key)]
         self.problems.append(f"unknown key {dotted(key)}{value}: {_suggestion(key, valid)}")
 

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -25,6 +25,7 @@ from speciarl.core.report import (
     sample_rows,
     step_scalars,
 )
+from speciarl.core.verdicts import all_ranks, too_many_faults
 from speciarl.core.world import World
 from speciarl.rollout.engine import Sampling
 
@@ -65,7 +66,7 @@ class Trainer:
     def run(self) -> None:
         """From the newest checkpoint, or the start, to the last step and the final model."""
         self.resume()
-        self.parts.monitor.write_run_record()
+        self.parts.write_record()
         self.push()
         if self.progress.step == 0:
             self.evaluate()
@@ -89,6 +90,9 @@ class Trainer:
         start = time.perf_counter()
         groups, timing = self.collect()
         self.check_versions(groups)
+        if problem := too_many_faults(timing.verdicts, self.config.judge.max_fault_share):
+            self.save()  # an outage of the judge costs this step, and none before it
+            raise TrainingStopped(f"step {self.progress.step}: {problem}")
         self.recent.append(input_rows(self.progress.step, groups))
         if self.config.rollout.sleep:
             self.parts.engine.sleep()
@@ -130,9 +134,7 @@ class Trainer:
                 break
             seen.update(example.key for example in examples)
             groups, timing = self.sample(examples)
-            total.generate += timing.generate
-            total.judge += timing.judge
-            total.tokens += timing.tokens
+            total.add(timing)
             if not objective.dynamic_sampling:
                 return groups, total
             live = self.parts.learner.live(groups)
@@ -157,6 +159,7 @@ class Trainer:
         groups, timing = self.parts.collector.collect(mine, rollout.n, sampling)
         place = {example.key: index for index, example in enumerate(examples)}
         everyone = [group for part in world.gather(groups) for group in part]
+        timing.verdicts = all_ranks(world.gather(timing.verdicts))
         return sorted(everyone, key=lambda g: place[g.example.key]), timing
 
     def check_versions(self, groups: list[JudgedGroup]) -> None:
@@ -180,8 +183,7 @@ class Trainer:
 
     def push(self) -> None:
         """New weights to the engine, stamped with the step that samples from them."""
-        if self.config.rollout.sleep:
-            self.parts.engine.wake()
+        self.parts.engine.wake()  # asleep for the policy's sake, for a judge's, or not at all
         self.parts.engine.load_weights(
             self.parts.policy.named_weights(), version=self.progress.step
         )
@@ -221,24 +223,26 @@ class Trainer:
         ready = self.deferred.take()
         if ready is None:
             return
-        step, scalars, skipped = ready
+        step, scalars, skipped, fault = ready
         for bad in skipped:
             self.progress.skipped_updates += int(bad)
             self.progress.bad_in_a_row = self.progress.bad_in_a_row + 1 if bad else 0
         scalars["skipped/updates"] = float(self.progress.skipped_updates)
         self.parts.monitor.log(step, scalars)
+        if fault:
+            self.stop(f"step {step} was learnt from bad input, counted on the device: {fault}")
         if self.progress.bad_in_a_row >= self.config.optim.max_nonfinite:
-            raise TrainingStopped(
-                f"{self.progress.bad_in_a_row} updates in a row had a non-finite gradient, the "
-                f"last in step {step}; the inputs are in {self.save_inputs()}"
-            )
+            rows = f"{self.progress.bad_in_a_row} updates in a row"
+            self.stop(f"{rows} had a non-finite gradient, the last in step {step}")
         limit = self.config.train.mismatch_limit
         if limit and scalars.get("policy/mismatch_mean", 0.0) > limit:
-            raise TrainingStopped(
-                f"step {step}: engine and trainer differ by "
-                f"{scalars['policy/mismatch_mean']:.3g} nats a token (train.mismatch_limit="
-                f"{limit}); the inputs are in {self.save_inputs()}"
-            )
+            mean = f"{scalars['policy/mismatch_mean']:.3g} nats a token"
+            apart = f"engine and trainer differ by {mean} (train.mismatch_limit={limit})"
+            self.stop(f"step {step}: {apart}")
+
+    def stop(self, why: str) -> NoReturn:
+        """Ends the run, with what the last two steps learnt from on the disk."""
+        raise TrainingStopped(f"{why}; the inputs are in {self.save_inputs()}")
 
     def save_inputs(self) -> Path:
         """Writes what the last two steps learnt from as JSON."""

@@ -8,17 +8,19 @@ with whole names; whoever wants to know whether it lists several names asks `spl
 import re
 import unicodedata
 from collections.abc import Iterator
+from functools import lru_cache
 
 _TAGS = re.compile(r"</?answer>")
 _THINK_TAG = re.compile(r"</?think>")
 
 _ACCENTS = re.compile(r"[\u0300-\u036f]")
 _APOSTROPHES = re.compile(r"['\u2018\u2019\u02bc]")
-_GLUED_HYPHENS = re.compile(r"(?<=\w)[-\u2010\u2011\u2012\u2013](?=\w)")
+_GLUED_HYPHENS = re.compile(r"(?<=[\w.])[-\u2010\u2011\u2012\u2013](?=\w)")
 _LINE_BREAKS = re.compile(r"\s*[\n\r\v\f\u0085\u2028\u2029]\s*")
 _BLANKS = re.compile(r"[^\S\n]+")
 _SURROUNDING = ' \n."\u201c\u201d'
 _ARTICLE = re.compile(r"(?:an?|the) (?=\S)")
+_PLURAL_OF_CAPITAL = re.compile(r"(?<=[A-Z])s(?=[ .]*$)")  # "Gulfstream IVs", "F-16A/Bs"
 _SEPARATORS = re.compile(
     r"\s*(?:[,;/|\\&+>\n\u2014\u2192]|(?:(?<=\s)[-\u2013](?=\s))|\b(?:or|and|vs|versus|maybe)\b)\s*"
 )
@@ -95,10 +97,13 @@ def parse_answer(text: str) -> str | None:
     return None if _THINK_TAG.search(answer) else answer.strip()
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Case, accents, apostrophes, underscores and blanks levelled; hyphens still there."""
-    text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
-    text = unicodedata.normalize("NFC", _ACCENTS.sub("", text))
+    if text.isascii():
+        text = text.lower()
+    else:
+        text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
+        text = unicodedata.normalize("NFC", _ACCENTS.sub("", text))
     text = _APOSTROPHES.sub("", text).replace("_", " ")
     return _BLANKS.sub(" ", _LINE_BREAKS.sub("\n", text)).strip(_SURROUNDING)
 
@@ -109,7 +114,7 @@ def normalise(text: str) -> str:
     Levelled: case, accents, apostrophes, underscores, hyphens between word characters (to a
     blank), runs of blanks, and blanks, periods and double quotes around the whole.
     """
-    return _GLUED_HYPHENS.sub(" ", _plain(text))
+    return _GLUED_HYPHENS.sub(" ", plain(text))
 
 
 def key_of(text: str) -> str:
@@ -120,6 +125,7 @@ def key_of(text: str) -> str:
     return normalise(text).replace(" ", "")
 
 
+@lru_cache(maxsize=1 << 14)
 def singulars(word: str) -> tuple[str, ...]:
     """What `word` may be the plural of; () for short words and for what is no plural."""
     if word.endswith("s") and word[-2:-1].isdigit():  # "Cessna 172s"
@@ -138,11 +144,12 @@ def forms(text: str) -> Iterator[str]:
     The key itself; without a leading article ("A 300" is an aircraft, so only after the literal
     text, and "A-10" has no article); then each with one word made singular, any one word:
     "birds of paradise" and "Brewer's Blackbird" (a plural, once its apostrophe is gone) need it.
+    A small s after a final capital is a plural too, where case shows it: "IVs", but not "TTS".
     """
-    plain = _plain(text)
-    bases = [plain]
-    if article := _ARTICLE.match(plain):
-        bases.append(plain[article.end() :])
+    whole = plain(text)
+    bases = [whole]
+    if article := _ARTICLE.match(whole):
+        bases.append(whole[article.end() :])
     spaced = [_GLUED_HYPHENS.sub(" ", base) for base in bases]
     yield from (base.replace(" ", "") for base in spaced)
     for base in spaced:
@@ -150,6 +157,8 @@ def forms(text: str) -> Iterator[str]:
         for position, word in enumerate(words):
             for singular in singulars(word):
                 yield "".join([*words[:position], singular, *words[position + 1 :]])
+    if _PLURAL_OF_CAPITAL.search(text):
+        yield from (base.replace(" ", "")[:-1] for base in spaced)
 
 
 def split_options(text: str) -> list[str]:
@@ -158,7 +167,7 @@ def split_options(text: str) -> list[str]:
     A separator alone proves nothing ("Fish and chips", "F/A-18"): compare the whole text with the
     known names first.
     """
-    return [part for part in _SEPARATORS.split(_plain(text)) if part]
+    return [part for part in _SEPARATORS.split(plain(text)) if part]
 
 
 ABSTENTIONS = frozenset(key_of(phrase) for phrase in _ABSTENTIONS)

@@ -22,9 +22,10 @@ from typing import Any
 from speciarl.judge.answers import ABSTENTIONS, forms, is_abstention, key_of, split_options
 from speciarl.judge.base import Pair, Verdict
 from speciarl.judge.packaged import resolve
+from speciarl.judge.tally import Tally
 from speciarl.kernels.codes import S_MINUS, S_PLUS, A, G, S, W
 
-RULES_VERSION = 1  # part of the judge's identity: raise it when answers.py changes a verdict
+RULES_VERSION = 2  # part of the judge's identity: raise it when answers.py changes a verdict
 LONGEST_NAME = 256  # characters; a longer answer is nobody's name and is not looked up
 _FIELDS = ("name", "parent", "synonyms")
 
@@ -42,7 +43,8 @@ class Node:
 class Taxonomy:
     """A forest of names. Immutable, so any number of threads may ask it.
 
-    names: the name of each node, in file order. origin: the files it came from.
+    names: the name of each node, in file order. labels: these and all synonyms. origin: the files
+    it came from.
     """
 
     def __init__(self, nodes: Sequence[Node], *, origin: str) -> None:
@@ -52,6 +54,7 @@ class Taxonomy:
         self.origin = origin
         self._nodes = tuple(nodes)
         self.names = tuple(node.name for node in nodes)
+        self.labels = tuple(name for node in nodes for name in (node.name, *node.synonyms))
         self._literal = _index(nodes)
         self._derived = _derived(nodes, self._literal)
         self._lines = _lines(nodes)
@@ -118,9 +121,12 @@ class TaxonomyJudge:
     `Verdict.source` is one of name, abstain, unknown, several, empty, unknown-truth.
     """
 
+    concurrent = True
+
     def __init__(self, taxonomy: Taxonomy) -> None:
         self.taxonomy = taxonomy
         self.identity = f"taxonomy-v{RULES_VERSION}:{taxonomy.digest()}"
+        self.counts = Tally()
 
     def check(self, truths: Iterable[str]) -> None:
         """Raises ValueError with the truths that have no entry, and the file they lack in."""
@@ -136,7 +142,15 @@ class TaxonomyJudge:
 
     def grade(self, pairs: Sequence[Pair]) -> list[Verdict]:
         """One verdict per pair, in order; see the class."""
-        return [self._grade(pair) for pair in pairs]
+        verdicts = [self._grade(pair) for pair in pairs]
+        self.counts.add("pairs", len(pairs))
+        self.counts.add("by_rule", sum(v.category is not None for v in verdicts))
+        self.counts.add("faults", sum(v.category is None for v in verdicts))
+        return verdicts
+
+    def tally(self) -> dict[str, float]:
+        """ "pairs", "by_rule" (all but the faults) and "faults"."""
+        return self.counts.snapshot()
 
     def _grade(self, pair: Pair) -> Verdict:
         truth = self.taxonomy.find(pair.truth)

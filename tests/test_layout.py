@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "judge", "rollout", "core", "bench")
 MAY_IMPORT = {
     "kernels": {"kernels"},
-    "judge": {"judge", "kernels"},
+    "judge": {"judge", "rollout", "kernels"},  # rollout/ starts the engine of judge/sglang.py
     "rollout": {"rollout", "kernels"},
     "core": {"core", "rollout", "judge", "kernels"},
     "bench": set(PACKAGES),

@@ -12,9 +12,10 @@ import torch
 from runs import lot, open_trainer, run_config, step_lines
 from speciarl.core.collect import Collector, JudgedGroup, codes_matrix
 from speciarl.core.examples import Example
-from speciarl.core.trainer import Trainer
+from speciarl.core.trainer import Trainer, TrainingStopped
 from speciarl.core.world import World
 from speciarl.judge.base import Pair, Verdict
+from speciarl.judge.settings import JudgeConfig
 from speciarl.judge.taxonomy import TaxonomyJudge
 from speciarl.kernels.codes import ABSENT, FORMAT, S, W
 from speciarl.rollout.engine import Group, Prompt, Request, Rollout, Sampling
@@ -31,23 +32,30 @@ class BackwardEngine:
             ]
             yield Group(request.group_key, rollouts)
 
+    def wake(self) -> None: ...
+
 
 class SlowJudge:
     """Right is who says the number of a sample, and sample 2 cannot be judged."""
 
     identity = "slow"
+    concurrent = True
 
     def grade(self, pairs: Sequence[Pair]) -> list[Verdict]:
         time.sleep(0.05)
         codes = {"0": W, "1": S, "2": None}
         return [Verdict(codes[pair.prediction], "number") for pair in pairs]
 
+    def tally(self) -> dict[str, float]:
+        return {}
+
 
 def collector(judge: object, workers: int = 2) -> Collector:
     def decode(ids: list[int]) -> str:
         return f"<answer>{ids[0]}</answer>" if ids[0] < 3 else "no answer"
 
-    return Collector(BackwardEngine(), judge, SimpleNamespace(decode=decode), workers)  # type: ignore[arg-type]
+    builder, config = SimpleNamespace(decode=decode), JudgeConfig(workers=workers)
+    return Collector(BackwardEngine(), judge, builder, config)  # type: ignore[arg-type]
 
 
 def work(count: int) -> list[tuple[Example, Prompt]]:
@@ -129,6 +137,7 @@ def test_what_cannot_be_scored_is_left_out(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """First one group without any verdict, then one with two of three, then no verdict at all."""
+    before = weights(trainer)
     monkeypatch.setattr(
         TaxonomyJudge,
         "grade",
@@ -145,12 +154,10 @@ def test_what_cannot_be_scored_is_left_out(
     lengths = [len(c.ids) for c in groups[1].completions[:2]]
     assert {s.weight for s in plan[0].sequences} == {1 / sum(lengths)}
 
-    before = weights(trainer)
-    trainer.step()  # the judge, asked in earnest, can say nothing
-    trainer.settle()
+    with pytest.raises(TrainingStopped, match="step 0: 6 of 6 .* the judge reported timeout .6."):
+        trainer.step()  # the judge, asked in earnest, can say nothing
     assert unchanged(trainer, before) and trainer.progress.updates == 0
-    line = step_lines(tmp_path / "run")[0]
-    assert line["rate/unscored"] == 1 and line["groups/no_signal"] == 1
+    assert trainer.parts.store.steps() == [0]  # what the run had come to is saved
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Evaluation: figures that can be recounted, interruptions that cost nothing, no mixed results."""
 
+import json
 import shutil
 import zlib
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from speciarl.core.inputs import open_data
 from speciarl.core.train import train
 from speciarl.core.world import World
 from speciarl.judge.base import Pair, Verdict
-from speciarl.judge.registry import KINDS
+from speciarl.judge.registry import FACTORIES
 from speciarl.kernels.codes import ABSENT, FORMAT, NAMES, SPECIFICITY, W
 
 Configure = Callable[..., Config]
@@ -111,23 +112,39 @@ def test_an_interrupted_evaluation_goes_on(
     file = out / "predictions.rank0.jsonl"
     file.write_bytes(file.read_bytes()[:-20])  # the kill came in the middle of a line
     file.rename(out / "predictions.rank1.jsonl")  # which another number of ranks had written
+    kept = (out / "predictions.rank1.jsonl").read_bytes().split(b"\n")[:14]
+    there = [json.loads(line) for line in kept]
+    unjudged = {row["key"] for row in there if ABSENT in row["codes"]}
     asked.clear()
     evaluate_model(configure(), world, out)
-    assert len(asked) == 24 - 14 == len(set(asked))
+    assert len(asked) == 24 - 14 + len(unjudged) == len(set(asked))
+    assert unjudged < set(asked)  # what got no verdict is asked about again
     rows = Predictions(out, json_of(out / "settings.json"), world).rows
     assert rows == predictions_in(whole)
     assert json_of(out / "metrics.json") == json_of(whole / "metrics.json")
 
     asked.clear()
     evaluate_model(configure(), world, out)
-    assert not asked
+    assert set(asked) == {key for key, row in rows.items() if ABSENT in row["codes"]}
+
+
+def test_a_verdict_takes_the_place_of_a_fault_in_whatever_order_the_files_are(
+    world: World, tmp_path: Path
+) -> None:
+    first = Predictions(tmp_path, {"k": 1}, world)
+    first.add([{"key": "a", "codes": [4]}, {"key": "b", "codes": [ABSENT]}])
+    later = [{"key": "a", "codes": [ABSENT]}, {"key": "b", "codes": [3]}]
+    text = "".join(json.dumps(row) + "\n" for row in later)
+    (tmp_path / "predictions.rank1.jsonl").write_text(text)
+    rows = Predictions(tmp_path, {"k": 1}, world).rows
+    assert {key: row["codes"] for key, row in rows.items()} == {"a": [4], "b": [3]}
 
 
 @pytest.mark.parametrize("cut", range(1, 30, 3))
 def test_lines_cut_anywhere_are_done_again_and_odd_characters_survive(
     cut: int, world: World, tmp_path: Path
 ) -> None:
-    rows = [{"key": str(i), "texts": ["é\u2028\x85\u3000" * 3]} for i in range(2)]
+    rows = [{"key": str(i), "texts": ["é\u2028\x85\u3000" * 3], "codes": [4]} for i in range(2)]
     Predictions(tmp_path, {"k": 1}, world).add(rows)
     file = tmp_path / "predictions.rank0.jsonl"
     file.write_bytes(file.read_bytes()[:-cut])
@@ -203,6 +220,7 @@ class Harsh:
     """A judge for which everything is wrong."""
 
     identity = "harsh"
+    concurrent = True
 
     def check(self, truths: Sequence[str]) -> None:
         assert truths
@@ -210,23 +228,32 @@ class Harsh:
     def grade(self, pairs: Sequence[Pair]) -> list[Verdict]:
         return [Verdict(W, "harsh") for _ in pairs]
 
-    def close(self) -> None:
-        pass
+    def tally(self) -> dict[str, float]:
+        return {}
+
+    def sleep(self) -> None: ...
+
+    def wake(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def test_the_judge_of_evaluation_stands_apart(
     toy_root: Path, toy_model_dir: Path, world: World, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setitem(KINDS, "harsh", lambda taxonomy: Harsh())
+    monkeypatch.setitem(FACTORIES, "openai", lambda config, taxonomies: Harsh())
 
     def asks(judge: Any, truths: Sequence[str], texts: Sequence[str]) -> np.ndarray:
-        if judge.identity == "harsh":
-            return np.array([v.category for v in judge.grade(list(texts))], dtype=np.int8)
+        if "harsh" in judge.identity:
+            pairs = [Pair(truth, "a quokka") for truth in truths]
+            return np.array([v.category for v in judge.grade(pairs)], dtype=np.int8)
         return lot(judge, truths, texts)
 
     monkeypatch.setattr("speciarl.core.collect.codes_of", asks)
-    words = ("evaluation.judge.kind=harsh", "train.steps=1", "data.eval.flowers=none")
+    examiner = ("kind=openai", "model=m", "base_url=http://localhost:1/v1", "cache=")
+    words = [f"evaluation.judge.{word}" for word in examiner]
+    words += ["train.steps=1", "data.eval.flowers=none"]
     out = train(run_config(toy_root, toy_model_dir, tmp_path / "run", *words), world, quiet=True)
     assert json_of(out / "evaluation" / "step-000001" / "metrics.json")["total"]["correctness"] == 0
     assert lines(out / "metrics.jsonl")[1]["rate/wrong"] < 1

@@ -139,6 +139,16 @@ def test_forms_put_the_literal_text_first() -> None:
     assert "birdofparadise" in forms("birds of paradise")
 
 
+def test_forms_of_a_plural_after_a_capital() -> None:
+    assert "gulfstreamiv" in forms("Gulfstream IVs.")
+    assert "f16a/b" in forms("the F-16A/Bs")
+    assert "auditt" not in forms("Audi TTS") and "gulfstreami" not in forms("Gulfstream IV")
+
+
+def test_a_hyphen_after_an_abbreviation() -> None:
+    assert key_of("Conv.-Convertible") == key_of("Conv. Convertible")
+
+
 def test_article_needs_a_blank() -> None:
     assert list(forms("A-10")) == ["a10"]
     assert next(forms("A 300")) == "a300"
