@@ -34,10 +34,9 @@ def _draw(head: tuple[int, int], rows: int, device: str, outliers: bool) -> tupl
     weight = torch.randn(head[0], head[1], device=device, generator=rng) * 4 * head[1] ** -0.5
     if outliers:
         hidden[::7] *= 20  # logits to about 400
-    targets = torch.randint(head[0], (rows,), device=device, generator=rng)
-    # Half the targets are likely ones, as sampled tokens are.
-    likely = (hidden[::2].to(dtype).float() @ weight.to(dtype).float().T).argmax(1)
-    targets[::2] = likely
+    logits = hidden.to(dtype).float() @ weight.to(dtype).float().T
+    noise = -torch.empty_like(logits).exponential_(generator=rng).log()
+    targets = (logits + noise).argmax(1)  # a sample of the softmax, as a policy's tokens are
     upstream = torch.randn(2, rows, device=device, generator=rng)
     return hidden.to(dtype), weight.to(dtype), targets, upstream
 
