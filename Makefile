@@ -25,7 +25,7 @@ QUICK := --no-deps --timeout 10 --retries 1
 # Without it Python puts the script's folder first on its path, here core/ or bench/.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help venv demo toybase test test-sglang bench-gpu lint clean
+.PHONY: help venv demo toybase test test-sglang bench-gpu lint links clean
 help:
 	@sed -n '1,9s/^# \{0,1\}//p' Makefile
 
@@ -40,10 +40,10 @@ toybase: venv
 	$(BIN)/torchrun --standalone --nproc-per-node 1 core/sft.py --preset toybase
 	$(BIN)/python bench/base.py --model runs/toybase/model
 
-# With the python that is there: a GPU machine has its own build of torch. Peers are measured if they
-# are installed: pip install 'speciarl[peers]'.
-bench-gpu:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) bench/gpu.py $(ARGS)
+# With the python that is there: a GPU machine has its own build of torch; nothing need be installed.
+# Peers are measured if they are: pip install 'speciarl[peers]'.
+bench-gpu: links
+	PYTHONPATH=build/ns $(if $(wildcard $(BIN)/python),$(BIN)/python,python3) bench/gpu.py $(ARGS)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(ARGS)
@@ -51,12 +51,15 @@ test: lint
 test-sglang: $(SGLANG_VENV)/.installed-sglang
 	PYTHONPATH=$(CURDIR)/tests/sglang/shim OMP_NUM_THREADS=1 $(SGLANG_VENV)/bin/pytest tests/sglang $(ARGS)
 
-lint: venv
+lint: venv links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p speciarl
+
+# The package's layout without an installation.
+links:
 	@mkdir -p build/ns/speciarl
 	@for name in $(PACKAGES); do ln -sfn ../../../$$name build/ns/speciarl/$$name; done
-	$(BIN)/mypy -p speciarl
 
 $(VENV)/.torch-$(TORCH):
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with its venv module is needed; if it has" \

@@ -49,6 +49,7 @@ def measure(
             results[name] = {"error": errors(call())}
             if cuda:
                 results[name]["launches"] = launches(call)
+                replayed({name: call}, times=1, repeats=1)  # whether a graph can hold it
             able[name] = call
         except Exception as error:  # whatever a peer's code raises
             results[name] = {"failed": f"{type(error).__name__}: {error}"[:300]}

@@ -31,12 +31,15 @@ from speciarl.bench.head_measure import Case, measure
 from speciarl.bench.head_routes import available
 from speciarl.bench.timing import environment
 
+Keep = Callable[[Any], None]
+"""Writes what a section has so far."""
+
 RESULTS = Path(__file__).parent / "results"
 # Of the time that is left when a section starts; the last one takes what remains.
 SHARES = {"cublas": 0.03, "tiles": 0.1, "chunks": 0.1, "policy_loss": 0.06, "best_of_n": 0.04}
 
 
-def against_peers(device: str, seconds: float) -> list[dict[str, Any]]:
+def against_peers(device: str, seconds: float, keep: Keep) -> list[dict[str, Any]]:
     """bench/head.py's cases, the time spread evenly; the largest come last."""
     on_cpu = device == "cpu"
     providers, _ = available(head.defaults(device))
@@ -48,7 +51,7 @@ def against_peers(device: str, seconds: float) -> list[dict[str, Any]]:
         for frozen, backward in head.PASSES.values()
     ]
     end = time.perf_counter() + seconds
-    results = []
+    results: list[dict[str, Any]] = []
     for done, case in enumerate(cases):
         left = (end - time.perf_counter()) / (len(cases) - done)
         if left < 0:
@@ -56,19 +59,20 @@ def against_peers(device: str, seconds: float) -> list[dict[str, Any]]:
             continue
         results.append(measure(case, providers, repeats=3, budget=max(left * 0.6, 1.0)))
         head.show(results[-1])
+        keep(results)
     return results
 
 
-SECTIONS: dict[str, Callable[[str, float], Any]] = {
-    "accuracy": lambda device, _: gpu_checks.accuracy(device),
-    "bit_equal": lambda device, _: gpu_checks.bit_equal(device),
-    "beyond_int32": lambda device, _: gpu_checks.beyond_int32(device),
-    "no_waiting": lambda device, _: gpu_checks.no_waiting(device),
-    "cublas": lambda device, seconds: gpu_speed.cublas(device, seconds / 3),
-    "tiles": lambda device, seconds: gpu_speed.tiles(device, seconds / 4),
-    "chunks": lambda device, seconds: gpu_speed.chunk_sweep(device, seconds / 4),
-    "policy_loss": lambda device, _: policy_loss.run(device),
-    "best_of_n": lambda device, _: best_of_n.run(device),
+SECTIONS: dict[str, Callable[[str, float, Keep], Any]] = {
+    "accuracy": lambda device, *_: gpu_checks.accuracy(device),
+    "bit_equal": lambda device, *_: gpu_checks.bit_equal(device),
+    "beyond_int32": lambda device, *_: gpu_checks.beyond_int32(device),
+    "no_waiting": lambda device, *_: gpu_checks.no_waiting(device),
+    "cublas": lambda device, seconds, _: gpu_speed.cublas(device, seconds / 3),
+    "tiles": lambda device, seconds, _: gpu_speed.tiles(device, seconds / 4),
+    "chunks": lambda device, seconds, _: gpu_speed.chunk_sweep(device, seconds / 4),
+    "policy_loss": lambda device, *_: policy_loss.run(device),
+    "best_of_n": lambda device, *_: best_of_n.run(device),
     "head": against_peers,
 }
 
@@ -109,11 +113,9 @@ def file_stem(about: dict[str, Any]) -> str:
     return f"{gpu}-{datetime.date.today().isoformat()}"
 
 
-def write(record: dict[str, Any], out: Path) -> Path:
-    stem = out / file_stem(record["environment"])
+def write(record: dict[str, Any], stem: Path) -> None:
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1))
     stem.with_suffix(".md").write_text(markdown(record))
-    return stem
 
 
 @click.command(help=__doc__)
@@ -130,22 +132,26 @@ def main(device: str, sections: str, minutes: float, out: Path) -> None:
     about = environment(device)
     record: dict[str, Any] = {"environment": about, "sections": {}, "seconds": {}}
     record["missing"] = available(head.defaults(device))[1]
-    failed = []
+    stem, failed = out / file_stem(about), []
     for name in names:
         start = time.perf_counter()
         seconds = (end - start) * SHARES.get(name, 1.0)
+
+        def keep(result: Any, name: str = name, start: float = start) -> None:
+            record["sections"][name] = result
+            record["seconds"][name] = time.perf_counter() - start
+            write(record, stem)
+
         click.echo(f"\n== {name} ({end - start:.0f} s left)")
         try:
-            result = SECTIONS[name](device, seconds)
+            keep(SECTIONS[name](device, seconds, keep))
         except Exception as error:  # whatever it is, the other sections may still work
             traceback.print_exc()
             failed.append(name)
-            result = {"failed": f"{type(error).__name__}: {error}"}
-        record["sections"][name] = result
-        record["seconds"][name] = time.perf_counter() - start
+            so_far = record["sections"].get(name)
+            keep({"failed": f"{type(error).__name__}: {error}", "so_far": so_far})
         if name != "head":
-            click.echo("\n".join(_rows(result)))
-        stem = write(record, out)
+            click.echo("\n".join(_rows(record["sections"][name])))
     click.echo(f"\nwritten: {stem}.json and .md")
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")

@@ -216,7 +216,7 @@ def _update(head: tuple[int, int], route: str, device: str) -> Callable[[], None
             loss, _ = policy_loss(new, new.detach(), **sequences, ref=ref)
             loss.backward()
         loss, _ = linear_policy_loss(
-            hidden, weight, targets, old=None, **sequences, ref=ref, route=route
+            hidden, weight, targets, old=None, **sequences, ref=ref, route=route, chunk=256
         )
         loss.backward()
         torch.nn.utils.clip_grad_norm_([hidden, weight], 1.0)

@@ -47,7 +47,8 @@ class Case:
 
     def inputs(self, dtype: torch.dtype | None = None, rows: int | None = None) -> Inputs:
         """Random and seeded; logits have standard deviation 1. Wider types start from the values
-        that the others see."""
+        that the others see. Without a backward pass nothing requires a gradient: a peer that
+        computes its gradients in the forward pass would do so under `no_grad` too."""
         rng = torch.Generator(self.device).manual_seed(0)
         options: dict[str, Any] = {"generator": rng, "device": self.device}
         matrix = torch.randn(self.vocab, self.width, **options).mul_(self.width**-0.5)
@@ -57,8 +58,8 @@ class Case:
         stored = DTYPES[self.dtype]
         dtype = dtype or stored
         return Inputs(
-            hidden.to(stored).to(dtype).requires_grad_(),
-            matrix.to(stored).to(dtype).requires_grad_(not self.frozen),
+            hidden.to(stored).to(dtype).requires_grad_(self.backward),
+            matrix.to(stored).to(dtype).requires_grad_(self.backward and not self.frozen),
             targets,
             upstream,
         )
@@ -137,6 +138,7 @@ def measure(
             able[name] = provider
         except Exception as error:  # whatever a peer's code raises at a size it cannot do
             results[name] = {"kind": provider.kind, "failed": f"{type(error).__name__}: {error}"}
+        if name not in able:  # out here, where no traceback holds the failed call's tensors
             gc.collect()
             if case.device != "cpu":
                 torch.cuda.empty_cache()

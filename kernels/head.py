@@ -236,7 +236,9 @@ def _backward(
     grads: LinearGradients,
 ) -> None:
     grad_logp, grad_entropy = upstream
-    if table is not None and len(ids):
+    if table is not None:
+        if not len(ids):
+            return
         factor = route.gradient(table, ids, sums, grad_logp, grad_entropy)
         if grad_entropy is not None:
             # A second backward pass would find other values: let autograd notice.

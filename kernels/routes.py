@@ -31,8 +31,9 @@ _OTHER_CHUNKS = (8192, 4096, 2048)
 _REFERENCE_BYTES = {"cpu": 1 << 25, "cuda": 1 << 30}
 
 CHECKED_ROWS = 300
-# Largest errors that `check` lets pass. A route that works is an order of magnitude below.
-LIMITS = {"log-prob": 2e-4, "entropy": 2e-4, "d hidden": 1e-2, "d weight": 1e-2}
+# Largest errors that `check` lets pass. A route that works is an order of magnitude below, also
+# where matrix units truncate their fp32 sums; logits rounded to bf16 are 4e-2 off.
+LIMITS = {"log-prob": 1e-3, "entropy": 1e-3, "d hidden": 1e-2, "d weight": 1e-2}
 
 
 @dataclass(frozen=True)
@@ -193,8 +194,12 @@ def select(wanted: str, shape: tuple[int, int], *, device: torch.device, dtype: 
                 f"head route {wanted!r} cannot run here: {reason}. Set model.head_route=auto"
             )
         check(wanted, hidden, weight)
-        return wanted
-    return first_right(hidden, weight)
+    else:
+        wanted = first_right(hidden, weight)
+    del hidden, weight
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what was checked is as large as the model's own
+    return wanted
 
 
 def first_right(hidden: Tensor, weight: Tensor) -> str:
@@ -203,7 +208,11 @@ def first_right(hidden: Tensor, weight: Tensor) -> str:
     for name in fast:
         try:
             check(name, hidden, weight)
+        except torch.OutOfMemoryError:
+            raise  # the reference needs more
         except Exception as error:  # a kernel may fail in ways of its own
+            if hidden.is_cuda:  # raises if that took the device with it: no other route would run
+                torch.cuda.synchronize(hidden.device)
             warnings.warn(f"head route {name!r} is not used: {error}", stacklevel=2)
         else:
             return name

@@ -11,9 +11,11 @@ import pytest
 from click.testing import CliRunner
 
 from rewardcases import SPECS, by_hand, groups_of
-from speciarl.bench import best_of_n, comparison, policy_loss, timing
+from speciarl.bench import best_of_n, comparison, gpu, gpu_speed, policy_loss, timing
+from speciarl.bench.head_measure import Case
 from speciarl.kernels.loss import KINDS
 from speciarl.kernels.reward import RewardSpec
+from speciarl.kernels.routes import rows_within
 
 
 def run(command: click.Command, tmp_path: Path, *words: str) -> dict[str, Any]:
@@ -90,3 +92,39 @@ def test_calls_take_turns_and_keep_to_the_budget() -> None:
     assert len(timing.interleaved(slow, "cpu", repeats=50, budget=0.05)["slow"]) <= 3
     assert timing.interleaved({}, "cpu") == {}
     assert timing.spread([3.0]) == {"median": 3.0, "low": 3.0, "high": 3.0}
+
+
+def test_a_swept_chunk_is_the_one_that_runs() -> None:
+    for vocab, _ in gpu_speed.HEADS.values():
+        for rows in gpu_speed.CHUNKS:
+            assert rows_within(gpu_speed.asked_for(rows, "expsum", vocab), vocab) == rows
+            assert gpu_speed.asked_for(rows, "rows", vocab) == rows
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_forward_pass_asks_for_no_gradient(backward: bool, frozen: bool) -> None:
+    inputs = Case(3, 5, 4, frozen, backward, "cpu", "float32").inputs()
+    assert inputs.hidden.requires_grad == backward
+    assert inputs.matrix.requires_grad == (backward and not frozen)
+
+
+def test_the_gpu_command_runs_and_keeps_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(device: str) -> None:
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(gpu.gpu_checks, "bit_equal", broken)
+    words = ["--device", "cpu", "--out", str(tmp_path), "--minutes", "1"]
+    found = CliRunner().invoke(
+        gpu.main, [*words, "--sections", "bit_equal,accuracy,no_waiting,chunks"]
+    )
+    assert found.exit_code == 1 and "failed: bit_equal" in found.output
+    (file,) = tmp_path.glob("cpu-*.json")
+    sections = json.loads(file.read_text())["sections"]
+    assert sections["bit_equal"]["failed"] == "RuntimeError: on purpose"
+    assert sections["accuracy"] and all(one["ok"] for one in sections["accuracy"].values())
+    assert "## chunks" in file.with_suffix(".md").read_text()
+    unknown = CliRunner().invoke(gpu.main, [*words, "--sections", "heads"])
+    assert unknown.exit_code == 2 and "'heads' is no section" in unknown.output

@@ -246,3 +246,11 @@ def test_two_runs_give_the_same_bits(route: str, dtype: torch.dtype) -> None:
         return (*out, *torch.autograd.grad(out, (hidden, weight), tuple(upstream(33))))
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@every_route
+@every_mode
+def test_no_rows_and_a_frozen_weight(route: str, dtype: torch.dtype, mode: str) -> None:
+    hidden, weight, targets = draw(0, 9, 4, dtype=dtype)
+    linear_logprob(hidden, weight.detach(), targets, route=route, mode=mode).sum().backward()
+    assert hidden.grad is not None and hidden.grad.shape == (0, 4)
