@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,10 @@ PEOPLE = "labels"
 )  # fmt: skip
 @click.option("--taxonomy", "files", multiple=True, help="File or packaged name; repeat.")
 @click.option("--rule", default="speciarl-ordered", show_default=True, help="Reward to compare by.")
-@click.option("--show", default=10, show_default=True, help="So many pairs that they differ on.")
+@click.option(
+    "--show", default=10, show_default=True, type=click.IntRange(0),
+    help="So many pairs that they differ on.",
+)  # fmt: skip
 @click.option("--json", "out", type=click.Path(path_type=Path, dir_okay=False), help="Write all.")
 def agree(
     file: Path, judges: tuple[str, ...], files: tuple[str, ...], rule: str, show: int,
@@ -50,6 +54,8 @@ def agree(
         raise click.UsageError(
             f"{len(judges)} judges; one is compared with labels, two with each other"
         )
+    if out is not None and not out.parent.is_dir():
+        raise click.UsageError(f"--json {out}: there is no folder {out.parent}")
     try:
         spec = RewardSpec(rule)
         pairs = load_pairs(file)
@@ -69,11 +75,18 @@ def agree(
         figures = {
             "file": file.name, "rule": rule, "judges": names, "pairs": found.pairs,
             "unscored": found.unscored, "confusion": found.confusion.tolist(),
-            "same": found.same, "kappa_quadratic": found.kappa(), "kappa_linear": found.kappa(1),
-            "by_category": found.by_category, "groups": found.groups,
-            "changed_groups": found.changed_groups, "changed_rewards": found.changed_rewards,
+            "same": _known(found.same), "kappa_quadratic": _known(found.kappa()),
+            "kappa_linear": _known(found.kappa(1)),
+            "by_category": {k: [_known(x) for x in v] for k, v in found.by_category.items()},
+            "groups": found.groups, "changed_groups": found.changed_groups,
+            "changed_rewards": _known(found.changed_rewards),
         }  # fmt: skip
         out.write_text(json.dumps(figures, indent=1))
+
+
+def _known(figure: float) -> float | None:
+    """None, which JSON has a word for, instead of nan."""
+    return None if math.isnan(figure) else figure
 
 
 def _asked(words: str, files: tuple[str, ...], pairs: list[LabelledPair]) -> np.ndarray:
@@ -82,6 +95,9 @@ def _asked(words: str, files: tuple[str, ...], pairs: list[LabelledPair]) -> np.
     from speciarl.judge.registry import build_judge
     from speciarl.judge.settings import JudgeConfig
 
+    for word in words.split():
+        if "=" not in word:
+            raise ValueError(f"--judge: {word!r} is no key=value word, such as kind=openai")
     truths = list(dict.fromkeys(one.pair.truth for one in pairs))
     judge = build_judge(load(JudgeConfig, [{}], words.split()), taxonomies=files, names=truths)
     try:

@@ -136,7 +136,10 @@ def stats(file: Path) -> None:
 @click.option("--judge", default="", help="Only where the judge's identity contains this text.")
 @click.option("--truth", default="", help="Only where the truth contains this text.")
 @click.option("--prediction", default="", help="Only where the prediction contains this text.")
-@click.option("--limit", default=20, show_default=True, help="The newest so many; 0 for all.")
+@click.option(
+    "--limit", default=20, show_default=True, type=click.IntRange(0),
+    help="The newest so many; 0 for all.",
+)  # fmt: skip
 @click.option("--json", "lines", is_flag=True, help="JSON lines, with every column.")
 def show(file: Path, judge: str, truth: str, prediction: str, limit: int, lines: bool) -> None:
     """Verdicts in FILE, the newest first.

@@ -46,6 +46,8 @@ class EvaluationConfig:
             raise ValueError("every and max_new_tokens must not be negative, k at least 1")
         if self.k > 1 and not (self.temperature > 0 and 0 < self.top_p <= 1):
             raise ValueError("best of k needs temperature > 0 and 0 < top_p <= 1")
+        if self.judge.kind == SAME and self.judge != JudgeConfig(kind=SAME):
+            raise ValueError("judge.kind = 'same' takes no other setting of judge: name its kind")
 
     def sampling(self, limit: int) -> Sampling:
         """Greedy for k = 1, else the oracle's sampling; `limit` is the rollout's length."""

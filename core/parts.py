@@ -76,9 +76,12 @@ class Parts:
         return self.data.builder
 
     def write_record(self) -> None:
-        """Settings, versions and the judge's identity, in the run folder."""
-        judge = {"judge": self.collector.judge.identity}
-        self.monitor.write_run_record(versions=run_versions() | judge)
+        """Settings, versions and the judges' identities, in the run folder."""
+        judges = {
+            "judge": self.collector.judge.identity,
+            "evaluation_judge": self.evaluator.judge.identity,
+        }
+        self.monitor.write_run_record(versions=run_versions() | judges)
 
     def evaluate(self, step: int) -> Report:
         """Metrics of the engine's weights on every evaluation set; kept in the run folder."""

@@ -123,5 +123,5 @@ def too_many_faults(figures: Mapping[str, float], limit: float) -> str | None:
     said = "; ".join(f"{reason} ({count:.0f})" for count, reason in sorted(reasons)[:-4:-1])
     return (
         f"{faults:.0f} of {pairs:.0f} answers got no verdict (judge.max_fault_share={limit}): "
-        f"the judge reported {said}"
+        f"the judge reported {said}. What was done is saved: see to the judge and start again"
     )

@@ -32,15 +32,18 @@ def load_pairs(path: str | PathLike[str]) -> list[LabelledPair]:
     lines before the header that start with #.
 
     Without a column `group`, all pairs of one truth (and domain) are a group.
-    Raises FileNotFoundError, or ValueError naming the line.
+    Raises FileNotFoundError, or ValueError naming the file and the pair.
     """
-    text = Path(path).read_text(encoding="utf-8-sig")
-    reader = csv.DictReader(dropwhile(lambda line: line.startswith("#"), text.splitlines(True)))
-    columns = reader.fieldnames or []
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        reader = csv.DictReader(dropwhile(lambda line: line.startswith("#"), text.splitlines(True)))
+        columns, rows = reader.fieldnames or [], list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: no CSV file in UTF-8: {error}") from None
     for column in ("truth", "prediction"):
         if column not in columns:
             raise ValueError(f"{path}: no column {column!r}; it has: {', '.join(columns)}")
-    pairs = [_pair(row, f"{path}: pair {i}") for i, row in enumerate(reader, 1)]
+    pairs = [_pair(row, f"{path}: pair {i}") for i, row in enumerate(rows, 1)]
     if not pairs:
         raise ValueError(f"{path}: no pairs")
     return pairs

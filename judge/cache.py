@@ -246,6 +246,11 @@ def _require_schema(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def _unusable(path: Path, problem: object) -> ValueError:
+    if isinstance(problem, sqlite3.OperationalError):  # a full disk, a lock: no fault of the file
+        return ValueError(
+            f"verdict cache {path} cannot be opened: {problem}. Make room on its disk, end what "
+            'locks it, or set judge.cache to another file ("" for none)'
+        )
     return ValueError(
         f"verdict cache {path} cannot be used: {problem}. Nothing was changed; move the file away, "
         'or set judge.cache to another file ("" for none)'

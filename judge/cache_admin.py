@@ -101,7 +101,10 @@ def prune(
                 _shrink(connection)
             return removed
     except sqlite3.Error as error:
-        raise ValueError(f"verdict cache {path} was not pruned: {error}") from None
+        raise ValueError(
+            f"verdict cache {path} was not pruned: {error}. It and its folder must be writable, "
+            "and no other process may hold it for a minute"
+        ) from None
 
 
 def _remove_oldest(connection: sqlite3.Connection, share: float) -> int:

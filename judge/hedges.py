@@ -139,17 +139,17 @@ def _head(text: str) -> str | None:
 # Between two names; "e", "y", "et" and others are "and" elsewhere, and count only between names.
 _AND = (
     "and|und|et|y|e|och|plus|then|but|also|maybe|perhaps|possibly|probably|likely|could be"
-    "|might be|may be|instead of|rather than|x|и|ve|i"
+    "|might be|may be|could also be|might also be|may also be|instead of|rather than|x|и|ve|i"
 )
 _OR = (
     r"or|either|vs|versus|oder|ou|eller|albo|lub|oppure|veya|atau|hoặc|или|либо|або|ή|أو|או"
     r"|such as|e\.g\.|eg|for example|for instance|alternatively|otherwise"
 )
-_AND_SIGN = r"和|与|與|と|や|및|و"
+_AND_SIGN = r"和|与|與|と|や|및|و|\u00d7"  # the last in hybrids: "Iris × germanica"
 _OR_SIGN = r"或者|还是|還是|或|または|それとも|もしくは|あるいは|또는|혹은|아니면"
 # In no name: a path, a column, a choice. A mark is only ever found between two other parts.
 _PATH_SIGN = r"[>|;\\\u00bb\u2190-\u21ff]|::|=>"
-_LIST_SIGN = rf"[,/+~!?\n\u00b7\u00d7\u2022\u2023\u2043\u3001\u3002{_SYMBOL}]|\.(?=\s|\.)|\d\s*%"
+_LIST_SIGN = rf"[,/+~!?\n\u00b7\u2022\u2023\u2043\u3001\u3002{_SYMBOL}]|\.(?=\s|\.)|\d\s*%"
 _DASH = r"(?<=\s)[-\u2010-\u2015](?=\s)|\u2014"
 _NUMBER = r"(?:(?<=\s)|(?<=^))\(?\d{1,2}[.)](?=\s)"
 
@@ -203,6 +203,8 @@ def offers_several(text: str, names: Names, truth: str) -> bool:
     if len(kept) < 2:
         return False
     parts = [spans[i] for i in kept]
+    if _is_inverted(text, parts, find):
+        return False
     between = [marks[a:b] for a, b in zip(kept, kept[1:], strict=False)]
     found, piece = _pieces(text, parts, find)
     if len(set(found)) > 1:
@@ -223,6 +225,14 @@ def offers_several(text: str, names: Names, truth: str) -> bool:
         if all(heads) and len(set(heads)) > 1:
             return True
     return any(_shortened(a, b, find) for a, b in zip(items, items[1:], strict=False))
+
+
+def _is_inverted(text: str, parts: Sequence[tuple[int, int]], find: _Find) -> bool:
+    """Whether `text` is a known name as an index lists it: "Jay, Blue"."""
+    if len(parts) != 2 or text[parts[0][1] : parts[1][0]].strip() != ",":
+        return False
+    last, first = (text[start:end] for start, end in parts)
+    return find(f"{first} {last}") is not None
 
 
 def _is_path(text: str, mark: re.Match[str]) -> bool:
@@ -252,6 +262,8 @@ def _pieces(
 
 def _shortened(left: str, right: str, find: _Find) -> bool:
     """Whether two parts share words written once: "Black-footed or Laysan Albatross"."""
+    if not (left and right):  # nothing but filler: "Mallard Duck, I think"
+        return False
     before, after = left.split(" "), right.split(" ")
     lefts = {find(left), *(find(" ".join([left, *after[i:]])) for i in range(1, len(after)))}
     rights = {find(right), *(find(" ".join([*before[:i], right])) for i in range(1, len(before)))}

@@ -212,7 +212,9 @@ class HttpClient:
         except (self._aiohttp.ClientError, OSError, ValueError) as error:
             raise Fault("disconnected", type(error).__name__, retry=True, outage=True) from None
         if response.status != 200:
-            raise _fault_of(response.status, response.headers, content)
+            location = response.headers.get("Location", "nowhere").encode()
+            target = self._without_key(location).decode()[:200]
+            raise _fault_of(response.status, response.headers, content, target)
         try:
             return json.loads(content)
         except ValueError:
@@ -236,7 +238,7 @@ async def _read(stream: Any) -> bytes:
     return content
 
 
-def _fault_of(status: int, headers: Mapping[str, str], content: bytes) -> Fault:
+def _fault_of(status: int, headers: Mapping[str, str], content: bytes, target: str) -> Fault:
     detail = f"HTTP {status}, {_shown(content)}"
     wait = retry_after(headers)
     if status == 429:
@@ -248,8 +250,7 @@ def _fault_of(status: int, headers: Mapping[str, str], content: bytes) -> Fault:
     if status == 404:
         return Fault("not-found", detail, retry=False, outage=True)
     if 300 <= status < 400:
-        detail = f"HTTP {status} to {headers.get('Location', 'nowhere')[:200]}"
-        return Fault("redirected", detail, retry=False, outage=True)
+        return Fault("redirected", f"HTTP {status} to {target}", retry=False, outage=True)
     return Fault("rejected", detail, retry=False, outage=False)
 
 

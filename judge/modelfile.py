@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from os import PathLike
 from pathlib import Path
@@ -30,11 +31,13 @@ def find_model(model: str | PathLike[str]) -> Path:
     """
     folder = Path(model)
     if folder.is_dir():
-        if (folder / "config.json").is_file():
+        if _holds_model(folder):
             return folder
-        inside = folder / "model"  # of a run folder
-        hint = f"; did you mean {inside}?" if (inside / "config.json").is_file() else ""
-        raise FileNotFoundError(f"judge model {str(model)!r}: no config.json in it{hint}")
+        inside = folder / "model"  # of a run folder, whose own config.json holds the settings
+        hint = f"; did you mean {inside}?" if _holds_model(inside) else ""
+        raise FileNotFoundError(
+            f"judge model {str(model)!r}: no config.json of a model in it{hint}"
+        )
     if not _HUB_NAME.fullmatch(str(model)) or folder.parent.is_dir():
         raise FileNotFoundError(
             f"judge model {str(model)!r}: there is no such folder (a name on the hub is owner/name)"
@@ -46,6 +49,15 @@ def find_model(model: str | PathLike[str]) -> Path:
         raise FileNotFoundError(
             f"judge model {str(model)!r}: no such folder, and not to be had from the hub: {reason}"
         ) from None
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether the config.json in `folder` says what kind of model it is of."""
+    file = folder / "config.json"
+    try:
+        return file.is_file() and "model_type" in json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
 
 
 def digest_of(folder: Path) -> str:

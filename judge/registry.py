@@ -21,7 +21,10 @@ Taxonomies = Sequence[str | PathLike[str]]
 
 def _taxonomy(config: JudgeConfig, taxonomies: Taxonomies) -> Judge:
     if not taxonomies:
-        raise ValueError("judge kind 'taxonomy' needs a taxonomy file")
+        raise ValueError(
+            "judge kind 'taxonomy' needs a taxonomy file: name one, or a packaged one (--taxonomy; "
+            "taxonomy= in a script)"
+        )
     return TaxonomyJudge(Taxonomy.load(*taxonomies))
 
 

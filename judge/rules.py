@@ -22,7 +22,7 @@ from speciarl.judge.guard import LONGEST, visible
 from speciarl.judge.hedges import Names, keys, level, offers_several
 from speciarl.kernels.codes import A, S, W
 
-VERSION = 1  # part of the identity: raise it when a rule changes a verdict
+VERSION = 2  # part of the identity: raise it when a rule changes a verdict
 _CACHED = 1 << 16  # rulings kept; a run of 165 steps asks some 100,000 pairs, mostly repeated
 
 # What grades or agrees instead of naming, as whole answers.
@@ -56,8 +56,9 @@ _WORDS = (
     r"generic|spe[cz]ifi|disregard|overrid|verdict|truth\b|predict(?:ion|ed)|in?correct"
     r"|correct|jailbreak|pretend (?:that|this|it|the|all)\b|regardless\b|whatever\b|whichever\b"
     r"|anything\b|please\b"
-    r"|you(?:r|rs|ll|re|ve)?\b|respon[ds]|reply\b|output|prompts?\b|assistant\b|chatgpt\b|llms?\b"
-    r"|language model|as an ai\b|json\b|evalua|grad(?:er|ing)\b|synonym|identical\b|equivalent\b"
+    r"|you(?:r|rs|ll|re|ve)?\b(?! tiao\b)|respon[ds]|reply\b|output|prompts?\b|assistant\b"
+    r"|chatgpt\b|llms?\b|language model|as an ai\b|json\b|evalua"
+    r"|(?<!motor )(?<!road )grad(?:er|ing)\b|synonym|identical\b|equivalent\b"
     r"|equals?\b|reward|abstain|(?:mark|count)(?:ed|s)? as\b|classif(?:y|ied|ies)\b|ignor"
     r"|instru[ckz]|anweisung|corret|korrekt|richtig|[ck]ategor|reponds|antwort|bewert|dimentica"
     r"|olvida|oublie|vergiss|vergeet|zignoruj|pomin|veredicto|abaikan|bo qua\b|spelling\b"

@@ -14,6 +14,14 @@ T = TypeVar("T")
 # Nobody who is free to say anything answers this with a label.
 _OFF_LABEL = [{"role": "user", "content": "Reply with the single word: hello"}]
 _EASY = Pair("European Robin", "European Robin")
+_CONNECTIONS = {
+    "timeout": "is it running? If it is only slow, raise timeout",
+    "unreachable": "is it running?",
+    "disconnected": "is it running, and does base_url name it?",
+    "server-error": "is it running well? Its own log says more",
+    "busy": "wait, lower concurrency or raise retries",
+}
+_NO_CHAT = "does base_url name a server of OpenAI's chat completions?"
 
 
 class Ask(Protocol):
@@ -77,11 +85,13 @@ def explained(fault: Fault, url: str, model: str, key_env: str, key_sent: bool) 
     said, where = fault.detail, f"judge server {url}"
     if fault.reason == "unauthorised":
         hint = f"the key in {key_env} is not accepted"
-        if not key_sent:
+        if not key_env:
+            hint = "it wants a key: name the environment variable that holds it in key_env"
+        elif not key_sent:
             hint = f"it wants a key: put it into the environment variable {key_env}"
         return PermissionError(f"{where}: {hint} ({said})")
-    if fault.reason in ("timeout", "unreachable", "disconnected", "server-error", "busy"):
-        return ConnectionError(f"{where}: {fault.reason} ({said}): is it running?")
+    if fault.reason in _CONNECTIONS:
+        return ConnectionError(f"{where}: {fault.reason} ({said}): {_CONNECTIONS[fault.reason]}")
     if fault.reason == "not-found":
         return ValueError(f"{where}: no model {model!r}, or base_url lacks its /v1 ({said})")
     if fault.reason == "no-label":
@@ -90,4 +100,5 @@ def explained(fault: Fault, url: str, model: str, key_env: str, key_sent: bool) 
             f"{where}: model {model!r} answers {said} where one of {labels} is asked for: "
             "it cannot judge"
         )
-    return ValueError(f"{where}: {fault.reason} ({said})")
+    hint = "set base_url to the address itself" if fault.reason == "redirected" else _NO_CHAT
+    return ValueError(f"{where}: {fault.reason} ({said}): {hint}")

@@ -57,7 +57,8 @@ class JudgeConfig:
     vote: str = "majority"
     """Of a panel: "majority", or "median" of the ladder; a tie goes to the lower category."""
     noise: float = 0.0
-    """Share of verdicts moved one step up or down the ladder, an ablation; training only."""
+    """Share of verdicts moved one step up or down the ladder, an ablation; not in evaluation by the
+    same judge."""
     noise_seed: int = 0
     """Of the moves."""
     cache: str = AUTO
@@ -104,7 +105,10 @@ class JudgeConfig:
                 "key_env must be the name of an environment variable (capital letters, digits, _) "
                 "that holds the key, not the key itself"
             )
-        address = urlsplit(self.base_url)
+        try:
+            address = urlsplit(self.base_url)
+        except ValueError:  # half a bracket
+            raise ValueError("base_url is no address: must be http://HOST[:PORT]/v1") from None
         if "@" in address.netloc or address.query or address.fragment:
             raise ValueError(
                 "base_url must hold no user, password or query: put the key into the environment "

@@ -41,7 +41,9 @@ def test_a_judge_is_compared_with_labels(files: dict[str, str]) -> None:
     assert "3 pairs judged by both (not by labels: 0, not by kind=taxonomy: 1)" in found.output
     assert "'bird' for 'robin' (labels: wrong, kind=taxonomy: generic)" in found.output
     assert "wren" not in found.output  # not judged, so no disagreement
-    figures = json.loads(Path(files["out"]).read_text())
+    text = Path(files["out"]).read_text()
+    assert "NaN" not in text and '"more specific": [\n   0,\n   null' in text
+    figures = json.loads(text)
     assert figures["same"] == pytest.approx(2 / 3) and figures["groups"] == 1
     assert figures["confusion"][0][2] == 1  # wrong by people, generic by the judge
 
@@ -63,6 +65,9 @@ def test_two_judges_are_compared_with_each_other(files: dict[str, str]) -> None:
         (["--judge", "kind=taxonomy", "--rule", "speciarl-x"], "nearest: 'speciarl"),
         (["--judge", "kind=openai model=m"], "base_url = '': kind 'openai' needs it"),
         (["--judge", "a=1"] * 3, "3 judges"),
+        (["--judge", "taxonomy"], "--judge: 'taxonomy' is no key=value word"),
+        (["--judge", "kind=taxonomy", "--json", "no/such/out.json"], "there is no folder no/such"),
+        (["--judge", "kind=taxonomy", "--show", "-1"], "--show"),
     ],
 )
 def test_bad_arguments_are_named(files: dict[str, str], arguments: list[str], message: str) -> None:

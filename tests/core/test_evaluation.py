@@ -21,6 +21,7 @@ from speciarl.core.train import train
 from speciarl.core.world import World
 from speciarl.judge.base import Pair, Verdict
 from speciarl.judge.registry import FACTORIES
+from speciarl.judge.settings import SAME, JudgeConfig
 from speciarl.kernels.codes import ABSENT, FORMAT, NAMES, SPECIFICITY, W
 
 Configure = Callable[..., Config]
@@ -273,8 +274,13 @@ def test_nothing_to_evaluate(configure: Configure, world: World, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "given", [{"k": 0}, {"every": -1}, {"k": 2, "temperature": 0.0}, {"k": 2, "top_p": 0.0}]
+    ("given", "said"),
+    [
+        *(({"k": 0}, "k at least 1"), ({"every": -1}, "every")),
+        *(({"k": 2, **one}, "best of k") for one in ({"temperature": 0.0}, {"top_p": 0.0})),
+        ({"judge": JudgeConfig(SAME, model="m")}, "'same' takes no other setting"),
+    ],
 )
-def test_impossible_evaluation_settings(given: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="k|every"):
+def test_impossible_evaluation_settings(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
         EvaluationConfig(**given)

@@ -72,11 +72,13 @@ def test_a_file_is_read_with_its_groups(tmp_path: Path) -> None:
         ("truth,prediction\n ,b\n", "pair 1: the truth is empty"),
         ("truth,prediction,category\na,b,right\n", "pair 1: category 'right' is none of wrong"),
         ("truth,prediction\na,b\na,b,c\n", "pair 2: as many fields"),
+        ("truth,prediction\ncafé,b\n", "pairs.csv: no CSV file in UTF-8: .*0xe9"),
+        (f"truth,prediction\na,{'b' * 200_000}\n", "pairs.csv: no CSV file.*field larger"),
     ],
 )
 def test_a_bad_file_says_where(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "pairs.csv"
-    file.write_text(text)
+    file.write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=message):
         load_pairs(file)
 

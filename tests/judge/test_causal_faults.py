@@ -173,9 +173,10 @@ def test_no_such_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         TransformersJudge(tmp_path / "none")
     run = tmp_path / "run"
     (run / "model").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match=r"run': no config.json in it$"):
+    with pytest.raises(FileNotFoundError, match=r"run': no config.json of a model in it$"):
         TransformersJudge(run)
-    (run / "model" / "config.json").write_text("{}")
+    (run / "config.json").write_text('{"judge": {"kind": "openai"}}')  # settings of the run
+    (run / "model" / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(FileNotFoundError, match=r"did you mean .*run/model\?"):
         TransformersJudge(run)
 

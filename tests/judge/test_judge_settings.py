@@ -121,6 +121,7 @@ def test_judges_on_the_engines_device_come_asleep(made: Made) -> None:
         ({"kind": "openai"}, "model = '': kind 'openai' needs it"),
         ({"kind": "sglang"}, "model = ''"),
         ({"kind": "openai", "model": "m"}, "base_url = '': kind 'openai' needs it"),
+        ({**SERVER, "base_url": "http://[::1"}, "base_url is no address: must be http"),
         ({**SERVER, "base_url": "localhost:8000"}, "base_url = 'localhost:8000': must be http"),
         ({"variant": "laddr"}, "variant = 'laddr': did you mean 'ladder'"),
         ({"vote": "mean"}, "vote = 'mean': .*median"),

@@ -168,3 +168,20 @@ def test_a_synonym_is_never_wrong_by_rule() -> None:
         for text in (synonym, f"a {synonym}", synonym.upper())
     ]
     assert {verdict.category for verdict in judge.grade(pairs)} <= {S, S_PLUS}
+
+
+def test_a_name_as_an_index_or_with_a_doubt_is_left_to_the_model() -> None:
+    """Over all names at once, so that the parts of one are often the name of another."""
+    known = Names(EVERYTHING)
+    for text in EVERYTHING:
+        *first, last = text.split()
+        for said in (f"{last}, {' '.join(first)}", f"{text}, I think", f"{text} (probably)"):
+            found = rule(text, said, known)
+            assert not first or found is None or found.category == S, said
+
+
+@pytest.mark.parametrize(
+    "text", ["Iris × germanica", "Viola × wittrockiana", "you tiao", "motor grader"]
+)
+def test_a_name_with_an_odd_sign_or_word_is_left_to_the_model(text: str) -> None:
+    assert rule("orchid", text, Names(EVERYTHING)) is None

@@ -148,9 +148,10 @@ def test_a_server_that_wants_to_be_left_alone_is_left_alone() -> None:
     [
         ("404", ValueError, "no model 'm', or base_url lacks its /v1"),
         ("401", PermissionError, "wants a key"),
-        ("302", ValueError, "redirected"),
-        ("400", ValueError, "rejected"),
-        ("500", ConnectionError, "server-error"),
+        ("302", ValueError, "redirected.*set base_url to the address itself"),
+        ("400", ValueError, "rejected.*does base_url name a server of"),
+        ("429", ConnectionError, "busy.*lower concurrency or raise retries"),
+        ("500", ConnectionError, "server-error.*Its own log says more"),
         ("hang", ConnectionError, "timeout .none within 0.1 s"),
         ("not-json", ValueError, "garbage .<html>It works"),
         ("wrong-label", ValueError, "model 'm' answers 'Z' where one of A, B, C, D, E, F"),
@@ -164,6 +165,14 @@ def test_check_says_what_to_do(act: str, error: type[Exception], words: str) -> 
             judge.check(["robin"])
         judge.close()
     assert server.base_url in str(raised.value)
+
+
+def test_a_server_that_wants_a_key_where_no_variable_is_named() -> None:
+    with BadServer(key="secret") as server:
+        judge = judge_of(server, retries=0, key_env="")
+        with pytest.raises(PermissionError, match="the environment variable that holds it in key"):
+            judge.check(["robin"])
+        judge.close()
 
 
 def test_check_outlasts_a_server_that_is_still_starting() -> None:
@@ -180,14 +189,15 @@ def test_check_outlasts_a_server_that_is_still_starting() -> None:
 
 
 def test_a_redirection_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pairs, and the key, stay with the server that was named."""
+    """The pairs, and the key, stay with the server that was named, whatever it quotes."""
     monkeypatch.setenv("JUDGE_KEY", "secret")
     with BadServer() as other:
-        elsewhere = f"307:{other.base_url}/chat/completions"
+        elsewhere = f"307:{other.base_url}/chat/completions?key=secret"
         with BadServer(lambda pair, nth: elsewhere) as server:
             judge = judge_of(server, key_env="JUDGE_KEY")
             assert [v.source for v in judge.grade(pairs_of(3))] == ["redirected"] * 3
-            with pytest.raises(ValueError, match=f"redirected.*307 to {other.base_url}"):
+            with pytest.raises(ValueError, match=f"redirected.*307 to {other.base_url}") as raised:
                 judge.check(["robin"])
             judge.close()
+    assert "secret" not in str(raised.value)
     assert not other.bodies

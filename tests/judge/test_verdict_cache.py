@@ -1,6 +1,7 @@
 """The file of verdicts: many processes, kills, damage, and disks that cannot be written."""
 
 import os
+import resource
 import shutil
 import signal
 import sqlite3
@@ -17,6 +18,7 @@ import pytest
 from judges import FakeJudge, StreamingJudge
 from speciarl.judge.base import Pair, Verdict
 from speciarl.judge.cache import SCHEMA_VERSION, CachedJudge, VerdictCache
+from speciarl.judge.cache_admin import prune
 from speciarl.kernels.codes import S_MINUS, A, S, W
 
 PAIRS = [Pair("robin", f"bird {i}") for i in range(5)]
@@ -211,6 +213,21 @@ def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
         VerdictCache(tmp_path / "taken" / "verdicts.sqlite")
 
 
+def test_a_full_disk_is_no_fault_of_the_file(path: Path) -> None:
+    path.parent.mkdir()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(ValueError, match="cannot be opened: .*Make room on its disk"):
+            VerdictCache(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with closing(VerdictCache(path)) as cache:  # what that left behind is no hindrance
+        cache.add("j", PAIRS[0], Verdict(S, "model"))
+    with closing(VerdictCache(path)) as cache:
+        assert cache.find("j", PAIRS[:1]) == {0: Verdict(S, "model")}
+
+
 @contextmanager
 def unprivileged() -> Iterator[None]:
     """Without root's right to write everywhere."""
@@ -249,6 +266,11 @@ def test_a_disk_that_cannot_be_written_costs_a_warning(locked: Path, exists: boo
             cache.add("j", PAIRS[1], Verdict(A, "model"))
             found = {0: Verdict(S, "model")} if exists else {}
             assert cache.find("j", PAIRS) == found | {1: Verdict(A, "model")}
+
+
+def test_what_cannot_be_written_is_not_pruned(locked: Path) -> None:
+    with unprivileged(), pytest.raises(ValueError, match="not pruned: .* must be writable"):
+        prune(locked, days=0.0)
 
 
 def test_a_file_that_breaks_while_in_use_costs_a_warning(path: Path) -> None:
