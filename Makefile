@@ -29,13 +29,13 @@ export PYTHONSAFEPATH := 1
 help:
 	@sed -n '1,9s/^# \{0,1\}//p' Makefile
 
-venv: $(VENV)/.installed
+venv: $(VENV)/.installed-dev
 
-demo: venv
+demo: $(VENV)/.installed
 	$(BIN)/torchrun --standalone --nproc-per-node 1 core/train.py $(ARGS)
 
 # The packaged base policy again, from random weights; its conditions are checked at the end.
-toybase: venv
+toybase: $(VENV)/.installed
 	$(BIN)/speciarl data toymodel --out runs/toyinit
 	$(BIN)/torchrun --standalone --nproc-per-node 1 core/sft.py --preset toybase
 	$(BIN)/python bench/base.py --model runs/toybase/model
@@ -78,7 +78,12 @@ $(VENV)/.torch-$(TORCH):
 	@touch $@
 
 $(VENV)/.installed: setup.py $(VENV)/.torch-$(TORCH)
-	@echo "Installing speciarl and its development tools"
+	@echo "Installing speciarl"
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "Installing what development needs"
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
