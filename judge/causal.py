@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from speciarl.judge.base import Pair, Verdict, in_order
-from speciarl.judge.guard import LONGEST, neutralise
+from speciarl.judge.guard import LONGEST, require_labels
 from speciarl.judge.labels import LabelPrompt, verdict_of
 from speciarl.judge.modelfile import device_of, digest_of, dtype_of, find_model, load_model
 from speciarl.judge.prompt import DEFAULT_VARIANT, prompt_id
@@ -87,13 +87,7 @@ class TransformersJudge:
 
     def check(self, truths: Iterable[str]) -> None:
         """Raises ValueError for labels that are empty, or longer than a judge sees."""
-        for truth in dict.fromkeys(truths):
-            if not neutralise(truth):
-                raise ValueError(f"a label is empty, no answer can be judged against it: {truth!r}")
-            if len(truth) > LONGEST:
-                raise ValueError(
-                    f"a label has {len(truth)} characters, the judge sees {LONGEST}: {truth[:60]!r}"
-                )
+        require_labels(truths)
 
     def grade(self, pairs: Sequence[Pair]) -> list[Verdict]:
         """One verdict per pair, in order. Thread-safe. Raises RuntimeError when asleep."""

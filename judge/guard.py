@@ -6,6 +6,7 @@ a reader of the prompt. `neutralise` makes it so for every chat format at once; 
 
 import re
 import unicodedata
+from collections.abc import Iterable
 
 LONGEST = 200
 """Characters of an answer that a judge sees; class names of the usual data sets have under 60."""
@@ -74,3 +75,14 @@ def neutralise(text: str, limit: int = LONGEST) -> str:
     if len(seen) > limit or len(text) > _RAW:
         seen = seen[: limit - 1].rstrip() + CUT
     return seen
+
+
+def require_labels(truths: Iterable[str]) -> None:
+    """Raises ValueError for labels that are empty, or longer than a judge sees."""
+    for truth in dict.fromkeys(truths):
+        if not neutralise(truth):
+            raise ValueError(f"a label is empty, no answer can be judged against it: {truth!r}")
+        if len(truth) > LONGEST:
+            raise ValueError(
+                f"a label has {len(truth)} characters, the judge sees {LONGEST}: {truth[:60]!r}"
+            )

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from speciarl.judge.base import Pair, Verdict, in_order
-from speciarl.judge.guard import LONGEST, neutralise
+from speciarl.judge.guard import LONGEST, require_labels
 from speciarl.judge.labels import LabelPrompt, verdict_of
 from speciarl.judge.modelfile import device_of, digest_of, dtype_of, find_model
 from speciarl.judge.prompt import DEFAULT_VARIANT, prompt_id
@@ -105,13 +105,7 @@ class SglangJudge:
     def check(self, truths: Iterable[str]) -> None:
         """Raises ValueError for labels that are empty, or longer than a judge sees; EngineDead."""
         self._host.check()
-        for truth in dict.fromkeys(truths):
-            if not neutralise(truth):
-                raise ValueError(f"a label is empty, no answer can be judged against it: {truth!r}")
-            if len(truth) > LONGEST:
-                raise ValueError(
-                    f"a label has {len(truth)} characters, the judge sees {LONGEST}: {truth[:60]!r}"
-                )
+        require_labels(truths)
 
     def grade(self, pairs: Sequence[Pair]) -> list[Verdict]:
         """One verdict per pair, in order. Thread-safe. Raises RuntimeError when asleep."""
