@@ -2,7 +2,7 @@
 #   make demo     train the toy world on this machine (ARGS="--set train.steps=20" is passed on)
 #   make test     lint, types and tests               (ARGS="tests/judge -k plural" is passed on)
 #   make test-sglang  tests with the real SGLang on a CPU, in an environment of their own (3 GB)
-#   make bench-gpu  every figure of the kernels on this machine's GPU, in nine minutes
+#   make bench-gpu  every figure of the kernels on this machine's GPU (budget: nine minutes)
 #   make lint     lint and types
 #   make toybase  train the demo's base policy again
 #   make venv     only the environment

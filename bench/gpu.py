@@ -1,4 +1,4 @@
-"""Everything that only a GPU can tell about the kernels, in one command of under nine minutes.
+"""Everything that only a GPU can tell about the kernels, in one command budgeted for nine minutes.
 
 \b
     make bench-gpu                          (bench/results/<gpu>-<date>.json and .md)
