@@ -94,7 +94,7 @@ class Trainer:
             self.save()  # an outage of the judge costs this step, and none before it
             raise TrainingStopped(f"step {self.progress.step}: {problem}")
         self.recent.append(input_rows(self.progress.step, groups))
-        if self.config.rollout.sleep:
+        if self.config.rollout.sleeps:
             self.parts.engine.sleep()
         learning = time.perf_counter()
         learned = self.parts.learner.learn(groups, self.rate)

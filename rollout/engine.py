@@ -89,6 +89,7 @@ class Sampling:
     top_k: int = 0
     """The k most likely tokens; 0 is off. Applied before `top_p`."""
     max_new_tokens: int = 32
+    stop_text: str = ""
     seed: int = 0
     """Of the run."""
     step: int = 0

@@ -97,6 +97,7 @@ class Launch:
             "log_level": "error",
             "skip_server_warmup": True,
             "grammar_backend": "none",
+            "sleep_on_idle": True,  # an idle engine leaves the processor to the trainer
             "enable_memory_saver": sleeps,
             "enable_weights_cpu_backup": sleeps and self.keep_weights,
         }
