@@ -176,7 +176,7 @@ def evaluate(
     wanted = [example for part in datasets.values() for example in part]
     there = {key for key, row in predictions.rows.items() if judged(row)}
     missing = [example for example in wanted if example.key not in there]
-    mine = missing[world.rank :: world.size]
+    mine = world.part(missing, collector.engine.ranks)
     skipped: dict[str, str] = {}
     figures: Figures = {}
     chunks = CHUNK if collector.judge.concurrent else CHUNK_IN_TURN

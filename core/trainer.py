@@ -155,7 +155,7 @@ class Trainer:
             seed=self.config.train.seed,
             step=self.progress.step,
         )
-        mine = [(e, self.parts.data.store.need(e)) for e in examples[world.rank :: world.size]]
+        mine = [(e, self.parts.data.store.need(e)) for e in world.part(examples, self.parts.engine.ranks)]
         groups, timing = self.parts.collector.collect(mine, rollout.n, sampling)
         place = {example.key: index for index, example in enumerate(examples)}
         everyone = [group for part in world.gather(groups) for group in part]

@@ -136,6 +136,10 @@ class Group:
 class RolloutEngine(Protocol):
     """Samples completions from a policy whose weights are pushed into it."""
 
+    ranks: int
+    """Neighbouring ranks that share the engine: the first of them gets their prompts, the others
+    take part in its other calls."""
+
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Group]:
         """Yield each group as soon as its last rollout is finished."""
         ...

@@ -63,6 +63,7 @@ class NativeEngine:
         language = model.model.language_model
         if route == "fused" and not supports(language):
             raise ValueError(f"route=fused does not know {type(language).__name__}")
+        self.ranks = 1
         self.model = model.eval().requires_grad_(False)
         language.set_attn_implementation(ATTENTION)
         self.device = model.get_input_embeddings().weight.device

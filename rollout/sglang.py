@@ -66,6 +66,7 @@ class SglangEngine:
         longest: int,
         bucket_bytes: int = 512 << 20,
     ) -> None:
+        self.ranks = 1
         self._stops, self._banned = frozenset(stop_ids), frozenset(banned_ids)
         self._sleeps = launch.sleeps and launch.device == "cuda"
         self._keeps = launch.keep_weights

@@ -161,8 +161,7 @@ class Host:
     def _start(self) -> None:
         launch = self._launch
         rank, local = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
-        cpu = {"SGLANG_USE_CPU_ENGINE": "1"} if launch.device == "cpu" else {}
-        with unchanged({**cpu, **launch.environment}, self._folder.path):
+        with unchanged(launch.variables, self._folder.path):
             self.features = checks.find()
             _KINDS.add(launch.device)
             launch.check(self.features)

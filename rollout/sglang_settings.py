@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +63,16 @@ class Launch:
     def tp_size(self) -> int:
         """GPUs that share the engine's weights."""
         return int(str(self.arguments.get("tp_size", 1)))
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment that SGLang is started with, beyond the process's own."""
+        if self.device != "cpu":
+            return dict(self.environment)
+        cores = os.cpu_count() or 1
+        bound = "|".join(str(rank % cores) for rank in range(self.tp_size))
+        shared = {"SGLANG_CPU_OMP_THREADS_BIND": bound} if self.tp_size > 1 else {}
+        return {"SGLANG_USE_CPU_ENGINE": "1", **shared, **self.environment}
 
     def check(self, features: checks.Features) -> None:
         """Raises ValueError (model class, argument), ImportError (memory saver), MemoryError."""

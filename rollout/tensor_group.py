@@ -37,6 +37,7 @@ class TensorGroup:
                 f"rollout.tp = {tp} does not divide the {local} processes of this machine: an "
                 "engine's GPUs are those of neighbouring ranks"
             )
+        self.ranks = tp
         self.owner = rank - rank % tp
         groups = [dist.new_group(range(i, i + tp), backend="gloo") for i in range(0, size, tp)]
         self._group = groups[rank // tp]
