@@ -49,6 +49,7 @@ def open_engine(
         model.to(world.device).eval(),
         stop_ids=builder.stop_ids,
         banned_ids=builder.banned_ids,
+        decode=builder.tokenizer.decode,
     )
 
 
@@ -93,7 +94,7 @@ class Parts:
             self.evaluator,
             self.data.store,
             self.data.eval,
-            config.sampling(self.config.rollout.max_new_tokens),
+            config.sampling(self.config.rollout.max_new_tokens, self.config.rollout.stop_text),
             config.k,
             self.world,
             Predictions(folder, {"step": step, "k": config.k}, self.world),

@@ -152,6 +152,7 @@ class Trainer:
         sampling = Sampling(
             temperature=rollout.temperature,
             max_new_tokens=rollout.max_new_tokens,
+            stop_text=rollout.stop_text,
             seed=self.config.train.seed,
             step=self.progress.step,
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from speciarl.rollout.engine import RolloutEngine
+from speciarl.rollout.stops import ANSWER_END
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class RolloutConfig:
     """Sampling temperature; log-probs are taken at the same temperature."""
     max_new_tokens: int = 2048
     """Length limit of a completion."""
+    stop_at_answer: bool = False
+    """A completion ends with `</answer>`, not only with the end of turn; in evaluation too. Saves
+    what comes after an answer, which is then neither trained nor judged."""
     sleep: bool = False
     """Frees the engine's weights while the policy learns: less memory, a slower push."""
     max_rows: int = 256
@@ -39,6 +43,11 @@ class RolloutConfig:
                 f"temperature={self.temperature}: training samples need a positive temperature"
             )
 
+    @property
+    def stop_text(self) -> str:
+        """Of `Sampling`."""
+        return ANSWER_END if self.stop_at_answer else ""
+
 
 def _native(model: Any, config: RolloutConfig, **tokens: Any) -> RolloutEngine:
     from speciarl.rollout.native import NativeEngine
@@ -55,6 +64,6 @@ def make_engine(config: RolloutConfig, model: Any, **tokens: Any) -> RolloutEngi
     Args:
         config: its settings.
         model: a transformers model on the device that the engine may own.
-        tokens: stop_ids and banned_ids.
+        tokens: stop_ids, banned_ids, and the tokenizer's decode for a stop text.
     """
     return ENGINES[config.engine](model, config, **tokens)
