@@ -51,6 +51,7 @@ def open_engine(
         longest_prompt=config.data.max_prompt_tokens,
         keep_weights=keep_weights,
         seed=config.train.seed,
+        decode=lambda ids: str(builder.tokenizer.decode(ids)),
     )
     return make_engine(config.rollout, source)
 
@@ -96,7 +97,7 @@ class Parts:
             self.evaluator,
             self.data.store,
             self.data.eval,
-            config.sampling(self.config.rollout.max_new_tokens),
+            config.sampling(self.config.rollout.max_new_tokens, self.config.rollout.stop_text),
             config.k,
             self.world,
             Predictions(folder, {"step": step, "k": config.k}, self.world),

@@ -152,10 +152,14 @@ class Trainer:
         sampling = Sampling(
             temperature=rollout.temperature,
             max_new_tokens=rollout.max_new_tokens,
+            stop_text=rollout.stop_text,
             seed=self.config.train.seed,
             step=self.progress.step,
         )
-        mine = [(e, self.parts.data.store.need(e)) for e in world.part(examples, self.parts.engine.ranks)]
+        mine = [
+            (e, self.parts.data.store.need(e))
+            for e in world.part(examples, self.parts.engine.ranks)
+        ]
         groups, timing = self.parts.collector.collect(mine, rollout.n, sampling)
         place = {example.key: index for index, example in enumerate(examples)}
         everyone = [group for part in world.gather(groups) for group in part]

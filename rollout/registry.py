@@ -12,6 +12,19 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from speciarl.rollout.engine import RolloutEngine
+from speciarl.rollout.sglang_settings import parse_arguments
+from speciarl.rollout.stops import ANSWER_END
+
+# Server arguments that other settings decide.
+_OWN_ARGUMENTS = {
+    "model_path": "model.path",
+    "dtype": "model.dtype",
+    "tp_size": "rollout.tp",
+    "mem_fraction_static": "rollout.memory",
+    "max_running_requests": "rollout.max_rows",
+    "random_seed": "train.seed",
+    "weight_version": "the trainer",
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,9 @@ class RolloutConfig:
     """Sampling temperature; log-probs are taken at the same temperature."""
     max_new_tokens: int = 2048
     """Length limit of a completion."""
+    stop_at_answer: bool = False
+    """A completion ends with `</answer>`, not only with the end of turn; in evaluation too. Saves
+    what comes after an answer, which is then neither trained nor judged."""
     sleep: bool | None = None
     """Frees the engine's memory while the policy learns: a slower push. none: sglang does, native
     does not."""
@@ -58,11 +74,19 @@ class RolloutConfig:
             raise ValueError(f"memory={self.memory}: must be from 0 to below 1")
         if self.engine != "sglang" and (self.tp > 1 or self.server_args):
             raise ValueError(f"engine={self.engine!r} knows no tp and no server_args: use sglang")
+        if own := _OWN_ARGUMENTS.keys() & parse_arguments(self.server_args):
+            name = min(own)
+            raise ValueError(f"server_args: {name} is set by {_OWN_ARGUMENTS[name]}")
 
     @property
     def sleeps(self) -> bool:
         """Whether the engine is put to sleep while the policy learns."""
         return self.engine == "sglang" if self.sleep is None else self.sleep
+
+    @property
+    def stop_text(self) -> str:
+        """Of `Sampling`."""
+        return ANSWER_END if self.stop_at_answer else ""
 
 
 @dataclass(frozen=True)
@@ -77,6 +101,8 @@ class Source:
     """Tokens that end a completion."""
     banned_ids: Sequence[int]
     """Tokens never sampled and masked in the log-probs."""
+    decode: Callable[[list[int]], str]
+    """The tokenizer's, special tokens kept; for a stop text."""
     longest_prompt: int
     """Tokens."""
     keep_weights: bool
@@ -92,6 +118,7 @@ def _native(config: RolloutConfig, source: Source) -> RolloutEngine:
         model.to(source.device).eval(),
         stop_ids=source.stop_ids,
         banned_ids=source.banned_ids,
+        decode=source.decode,
         max_rows=config.max_rows,
         keep_weights=source.keep_weights or not config.sleeps,
     )
@@ -101,7 +128,6 @@ def _sglang(config: RolloutConfig, source: Source) -> RolloutEngine:
     from huggingface_hub import snapshot_download
 
     from speciarl.rollout.sglang import SglangEngine, rollout_launch
-    from speciarl.rollout.sglang_settings import parse_arguments
     from speciarl.rollout.tensor_group import TensorGroup
 
     folder = Path(source.folder)

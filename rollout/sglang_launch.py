@@ -276,7 +276,8 @@ def _release(engine: Any, loop: asyncio.AbstractEventLoop) -> None:
     tasks = asyncio.all_tasks(loop)
     for task in tasks:
         task.cancel()
-    loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+    if tasks:
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
     manager = getattr(engine, "tokenizer_manager", None)
     held = [value for owner in (engine, manager) if owner for value in vars(owner).values()]
     for context in {socket.context for socket in held if isinstance(socket, zmq.Socket)}:
