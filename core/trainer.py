@@ -96,6 +96,7 @@ class Trainer:
         self.recent.append(input_rows(self.progress.step, groups))
         if self.config.rollout.sleeps:
             self.parts.engine.sleep()
+            self.world.barrier()  # it may have been on other ranks' GPUs
         learning = time.perf_counter()
         learned = self.parts.learner.learn(groups, self.rate)
         self.settle()
@@ -187,7 +188,6 @@ class Trainer:
 
     def push(self) -> None:
         """New weights to the engine, stamped with the step that samples from them."""
-        self.parts.engine.wake()  # asleep for the policy's sake, for a judge's, or not at all
         self.parts.engine.load_weights(
             self.parts.policy.named_weights(), version=self.progress.step
         )
