@@ -35,7 +35,7 @@ class MismatchConfig:
     """Mean |engine - trainer| in nats a token above which the run warns; 0 is off."""
     jump: float = 10.0
     """Warns when the mean is above this many times the median of up to 20 steps before; 0 is
-    off. Means below 1e-4 nats, which is above all rounding in fp32, never count as a jump."""
+    off. Means up to 1e-4 nats, which fp32 rounding does not reach, never count as a jump."""
     stop: float = 0.5
     """Mean above which the run stops; 0 is off."""
     min_ess: float = 0.5

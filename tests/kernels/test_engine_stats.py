@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -22,9 +23,13 @@ def from_columns(route: str) -> Stats:
     """Statistics of `policy_loss` [len(STATS)] of old, engine and sequence ids [T]."""
 
     def run(old: Tensor, engine: Tensor | None, ids: Tensor) -> Tensor:
-        given = {"weights": WEIGHTS, "advantages": torch.ones(4), "sequence_ids": ids}
+        given: dict[str, Any] = {
+            "weights": WEIGHTS,
+            "advantages": torch.ones(4),
+            "sequence_ids": ids,
+        }
         new = old - 0.1
-        return policy_loss(new, old, engine=engine, **given, spec=SPEC, route=route)[1]  # type: ignore[arg-type]
+        return policy_loss(new, old, engine=engine, **given, spec=SPEC, route=route)[1]
 
     return run
 
@@ -138,7 +143,8 @@ def test_parts_add_up_to_the_whole(run: Stats) -> None:
         run(old[part], engine[part], ids[part])
         for part in (slice(0, 1), slice(1, 13), slice(13, 13), slice(13, 40))
     ]
-    torch.testing.assert_close(torch.tensor(own(sum(parts))), torch.tensor(own(whole)))  # type: ignore[arg-type]
+    summed = own(torch.stack(parts).sum(0))
+    assert summed == pytest.approx(own(whole), rel=1e-5, abs=1e-5)
     assert torch.stack(parts)[:, -1].max() == whole[-1]
 
 
@@ -148,13 +154,18 @@ def test_the_importance_weight_is_of_old_over_engine(kind: str, route: str) -> N
     """Not of new over engine: that quotient is the ratio's part."""
     old, engine, ids = draw(0.6)
     spec = LossSpec(kind=kind, kl_coef=0.0, importance_cap=1.3, dual_clip=None)
-    given = {"advantages": torch.ones(4), "weights": WEIGHTS, "sequence_ids": ids, "route": route}
+    given: dict[str, Any] = {
+        "advantages": torch.ones(4),
+        "weights": WEIGHTS,
+        "sequence_ids": ids,
+        "route": route,
+    }
     found = {}
     for moved in (0.0, 0.5):
         new = (old - moved).requires_grad_()
-        loss, stats = policy_loss(new, old, engine=engine, spec=spec, **given)  # type: ignore[arg-type]
+        loss, stats = policy_loss(new, old, engine=engine, spec=spec, **given)
         found[moved] = stats[STATS.index("importance_weight")]
-        plain, _ = policy_loss(new, old, spec=LossSpec(kind=kind, kl_coef=0.0), **given)  # type: ignore[arg-type]
+        plain, _ = policy_loss(new, old, spec=LossSpec(kind=kind, kl_coef=0.0), **given)
         slope, bare = (torch.autograd.grad(value, new)[0] for value in (loss, plain))
         torch.testing.assert_close(slope, bare * (old - engine).exp().clamp(max=1.3))
     wanted = (old - engine).exp().clamp(max=1.3)[WEIGHTS[ids] != 0].sum()
