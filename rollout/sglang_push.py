@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from speciarl.rollout.engine import WeightsRefused
 from speciarl.rollout.sglang_launch import Host
+from speciarl.rollout.sglang_scope import house_sharing
 from speciarl.rollout.weights import Manifest
 
 _RENAMED = (("model.language_model.", "model."), ("model.visual.", "visual."))
@@ -117,6 +118,8 @@ class Push:
 
         if bucket[0][1].is_cuda:
             monkey_patch_torch_reductions()  # devices by identity, not by their local number
+        else:
+            house_sharing()
         flat = FlattenedTensorBucket(
             named_tensors=[(checkpoint_name(name), tensor) for name, tensor in bucket]
         )

@@ -139,7 +139,11 @@ def test_what_sglang_refuses_is_left_out_and_counted(case: Case) -> None:
     good = next(iter(case.tiny.prompts.values()))
     ids = good.input_ids.new_full((100_000,), 5)
     long = Prompt("long", ids, ids.expand(3, -1), {}, "")
-    wanted = [Request(good, "mixed", (0,)), Request(long, "mixed", (0, 1)), Request(long, "x", (7,))]
+    wanted = [
+        Request(good, "mixed", (0,)),
+        Request(long, "mixed", (0, 1)),
+        Request(long, "x", (7,)),
+    ]
     groups = {g.group_key: g.rollouts for g in case.engine.generate(wanted, Sampling())}
     assert [rollout.prompt.key for rollout in groups["mixed"]] == [good.key]
     assert groups["x"] == []
