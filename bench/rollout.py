@@ -1,11 +1,15 @@
-"""Native engine against transformers' `generate(num_return_sequences=N)` on the same work.
+"""Rollout engines against transformers' `generate(num_return_sequences=N)` on the same work.
 
     OMP_NUM_THREADS=2 python bench/rollout.py [--model DIR] [--fixed-length]
+    OMP_NUM_THREADS=2 python bench/rollout.py --engines native,sglang,sglang-no-prefix,generate
+    python bench/rollout.py --model-config qwen2.5-vl-7b --device cuda --dtype bfloat16 \
+        --engines native,sglang,generate --prompts 64 --max-new-tokens 512 --fixed-length
 
-Both sample N completions of the same image prompts with the same weights, dtype, threads, stop
-tokens and suppressed tokens; runs alternate, and the ratio is taken run by run. The native engine
-also returns log-probs; `generate` is not asked for them. Without --model it takes the toy base
-policy that ships with the package, or random weights of the same shape where there is none.
+All sample N completions of the same image prompts with the same weights, dtype, threads, stop
+tokens and suppressed tokens; runs alternate, and ratios are taken run by run. The engines also
+return log-probs; `generate` is not asked for them. Every step begins as a training step does:
+nothing is left of the prompts of the step before. "sglang-no-prefix" is SGLang without its prefix
+cache. Without --model or --model-config it takes the toy base policy that ships with the package.
 """
 
 from __future__ import annotations
@@ -15,107 +19,25 @@ import os
 import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 import transformers
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoModelForImageTextToText
 
-import speciarl.core
-from speciarl.core.examples import DataTable, load_examples
+from speciarl.bench.random_vlm import save_random
+from speciarl.bench.rollout_work import TOYBASE, Run, Work, build_prompts, engine_run, generate_run
 from speciarl.core.prompts import PromptBuilder
-from speciarl.core.toymodel import TOY_INSTRUCTION, save_toymodel
-from speciarl.core.toyworld import WorldSpec, ensure_toyworld
-from speciarl.rollout.engine import Prompt, Request, Sampling
+from speciarl.core.toymodel import TOY_INSTRUCTION
 from speciarl.rollout.native import NativeEngine
 
-TOYBASE = Path(speciarl.core.__path__[0]) / "toybase"
-
-
-@dataclass(frozen=True)
-class Work:
-    """What both contenders do, `repeats` times after one warm-up."""
-
-    prompts: int
-    samples: int
-    max_new_tokens: int
-    fixed_length: bool
-    repeats: int
-    dtype: str
-    device: str
-
-
-@dataclass
-class Run:
-    """One measurement."""
-
-    seconds: float
-    samples: int
-    tokens: int
-
-
-def build_prompts(builder: PromptBuilder, count: int) -> list[Prompt]:
-    """`count` prompts over freshly drawn toy birds of all framings."""
-    with tempfile.TemporaryDirectory() as folder:
-        world = ensure_toyworld(Path(folder) / "world", WorldSpec(train=2, test=1))
-        table = DataTable(format="cub", path=str(world / "birds"), split="all")
-        examples = load_examples("birds", table)
-        return [builder.build(examples[i % len(examples)]) for i in range(count)]
-
-
-def native_run(engine: NativeEngine, prompts: Sequence[Prompt], work: Work) -> Callable[[int], Run]:
-    """One run: all groups of one step."""
-    requests = [Request(p, str(i), tuple(range(work.samples))) for i, p in enumerate(prompts)]
-
-    def run(step: int) -> Run:
-        sampling = Sampling(max_new_tokens=work.max_new_tokens, step=step)
-        start = time.perf_counter()
-        groups = list(engine.generate(requests, sampling))
-        rollouts = [rollout for group in groups for rollout in group.rollouts]
-        seconds = time.perf_counter() - start
-        return Run(seconds, len(rollouts), sum(len(rollout.ids) for rollout in rollouts))
-
-    return run
-
-
-def generate_run(
-    model: Any, prompts: Sequence[Prompt], stops: list[int], banned: list[int], work: Work
-) -> Callable[[int], Run]:
-    """One run: the left-padded batch through `generate`, as trainers without an engine do it."""
-    placeholder = model.config.image_token_id
-    ids = pad_sequence([p.input_ids for p in prompts], batch_first=True, padding_side="left")
-    real = [torch.ones_like(p.input_ids) for p in prompts]
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": pad_sequence(real, batch_first=True, padding_side="left"),
-        "mm_token_type_ids": (ids == placeholder).int(),
-        **{name: torch.cat([p.images[name] for p in prompts]) for name in prompts[0].images},
-    }
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    model.generation_config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0,
-        num_return_sequences=work.samples, max_new_tokens=work.max_new_tokens,
-        eos_token_id=stops or None, suppress_tokens=banned,
-    )  # fmt: skip
-
-    def run(step: int) -> Run:
-        torch.manual_seed(step)
-        start = time.perf_counter()
-        out = model.generate(**inputs)
-        new = out[:, ids.shape[1] :].cpu()
-        seconds = time.perf_counter() - start
-        stopped = torch.isin(new, torch.tensor(stops)).int()
-        after_stop = (stopped.cumsum(1) - stopped) > 0
-        return Run(seconds, len(new), int((~after_stop).sum()))
-
-    return run
+CONTENDERS = ("native", "sglang", "sglang-no-prefix", "generate")
+Runner = Callable[[int], Run]
 
 
 def spread(values: Sequence[float]) -> str:
@@ -123,10 +45,20 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):9.1f} [{min(values):.1f}, {max(values):.1f}]"
 
 
+def ratios(runs: dict[str, list[Run]]) -> dict[str, list[float]]:
+    """Of each other contender: how many times the seconds of the first it took, run by run."""
+    first, *others = runs
+    return {
+        name: [b.seconds / a.seconds for a, b in zip(runs[first], runs[name], strict=True)]
+        for name in others
+    }
+
+
 def report(runs: dict[str, list[Run]], work: Work, title: str) -> dict[str, Any]:
     """Prints the table; returns it with every run."""
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    click.echo(f"{title}; {machine}; torch {torch.__version__}, transformers "
+    device = torch.cuda.get_device_name() if work.device.startswith("cuda") else "cpu"
+    click.echo(f"{title}; {machine}, {device}; torch {torch.__version__}, transformers "
                f"{transformers.__version__}")  # fmt: skip
     click.echo(", ".join(f"{name} {value}" for name, value in asdict(work).items()))
     click.echo(f"{'median [min, max]':20}{'samples/s':>26}{'tokens/s':>34}{'tokens/sample':>16}")
@@ -135,68 +67,144 @@ def report(runs: dict[str, list[Run]], work: Work, title: str) -> dict[str, Any]
         tokens = spread([run.tokens / run.seconds for run in done])
         mean = sum(run.tokens for run in done) / sum(run.samples for run in done)
         click.echo(f"{name:20}{samples:>26}{tokens:>34}{mean:16.1f}")
-    pairs = zip(runs["generate"], runs["native"], strict=True)
-    ratios = [slow.seconds / fast.seconds for slow, fast in pairs]
-    click.echo(f"{'native / generate':20}{spread(ratios):>26}")
+    apart = ratios(runs)
+    for name, values in apart.items():
+        click.echo(f"{next(iter(runs)) + ' / ' + name:32}{spread(values):>26}")
     return {
         "title": title,
         "machine": machine,
+        "device": device,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "work": asdict(work),
         "runs": {name: [asdict(run) for run in done] for name, done in runs.items()},
-        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "ratios": {
+            name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
+            for name, values in apart.items()
+        },
     }
 
 
-def measure(folder: Path, instruction: str, work: Work) -> dict[str, list[Run]]:
-    """Alternating runs of both contenders with the weights in `folder`."""
-    builder = PromptBuilder(folder, instruction=instruction)
-    prompts = build_prompts(builder, work.prompts)
-    stops = [] if work.fixed_length else builder.stop_ids
-    dtype = getattr(torch, work.dtype)
+class Contenders:
+    """Whoever samples, by name, until `close`.
 
-    def load() -> Any:
-        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
-        return model.to(work.device).eval()
+    memory: share of the free GPU memory that each SGLang engine may take.
+    """
 
-    engine = NativeEngine(load(), stop_ids=stops, banned_ids=builder.banned_ids)
-    contenders = {
-        "native": native_run(engine, prompts, work),
-        "generate": generate_run(load(), prompts, stops, builder.banned_ids, work),
-    }
-    runs: dict[str, list[Run]] = {name: [] for name in contenders}
-    for step in range(work.repeats + 1):
-        for name, run in contenders.items():
-            done = run(step)
-            if step > 0:  # the first is a warm-up
-                runs[name].append(done)
+    def __init__(self, folder: Path, instruction: str, work: Work, memory: float) -> None:
+        self.folder, self.work, self.memory = folder, work, memory
+        self.builder = PromptBuilder(folder, instruction=instruction)
+        self.prompts = build_prompts(self.builder, work.prompts)
+        self.stops = [] if work.fixed_length else self.builder.stop_ids
+        self.opened = ExitStack()
+
+    def runner(self, name: str) -> Runner:
+        """One run of a contender in `CONTENDERS`."""
+        if name == "generate":
+            model, banned = self._model(), self.builder.banned_ids
+            return generate_run(model, self.prompts, self.stops, banned, self.work)
+        if name == "native":
+            rows = max(256, self.work.prompts * self.work.samples)
+            engine = NativeEngine(
+                self._model(), stop_ids=self.stops, banned_ids=self.builder.banned_ids,
+                max_rows=rows,
+            )  # fmt: skip
+            return engine_run(engine, self.prompts, self.work)
+        return self._sglang(prefix=name == "sglang")
+
+    def _model(self) -> Any:
+        dtype = getattr(torch, self.work.dtype)
+        model: Any = AutoModelForImageTextToText.from_pretrained(self.folder, dtype=dtype)
+        return model.to(self.work.device).eval()
+
+    def _sglang(self, *, prefix: bool) -> Runner:
+        from speciarl.rollout.sglang import SglangEngine, rollout_launch
+
+        work = self.work
+        longest = max(len(prompt.input_ids) for prompt in self.prompts) + work.max_new_tokens
+        launch = rollout_launch(
+            self.folder, "cuda" if work.device.startswith("cuda") else "cpu", dtype=work.dtype,
+            memory=self.memory, most_requests=max(256, work.prompts * work.samples),
+            arguments={"disable_radix_cache": not prefix},
+        )  # fmt: skip
+        engine = SglangEngine(
+            launch, stop_ids=self.stops, banned_ids=self.builder.banned_ids,
+            decode=self.builder.decode, longest=longest,
+        )  # fmt: skip
+        self.opened.callback(engine.close)
+        run = engine_run(engine, self.prompts, work)
+
+        def from_scratch(step: int) -> Run:
+            engine.forget()
+            return run(step)
+
+        return from_scratch
+
+
+def measure(
+    folder: Path, instruction: str, work: Work, names: Sequence[str], memory: float = 0.3
+) -> dict[str, list[Run]]:
+    """Alternating runs of the contenders with the weights in `folder`."""
+    contenders = Contenders(folder, instruction, work, memory)
+    runs: dict[str, list[Run]] = {name: [] for name in names}
+    with contenders.opened:
+        runners = {name: contenders.runner(name) for name in names}
+        for step in range(work.repeats + 1):
+            for name, run in runners.items():
+                done = run(step)
+                if step > 0:  # the first is a warm-up
+                    runs[name].append(done)
     return runs
+
+
+def _chosen(context: click.Context, option: click.Parameter, names: str) -> list[str]:
+    unknown = [name for name in names.split(",") if name not in CONTENDERS]
+    if unknown:
+        raise click.BadParameter(f"{', '.join(unknown)}: of {', '.join(CONTENDERS)}")
+    return names.split(",")
 
 
 @click.command()
 @click.option("--model", "folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--model-config", default="", help="Random weights of that size (bench/random_vlm).")
+@click.option("--image-tokens", default=256, show_default=True, help="Of random models.")
 @click.option("--instruction", default=TOY_INSTRUCTION, show_default=True, help="In the prompt.")
+@click.option(
+    "--engines", default="native,generate", show_default=True, callback=_chosen,
+    help=f"Comma-separated, of {', '.join(CONTENDERS)}; ratios are to the first.",
+)  # fmt: skip
 @click.option("--prompts", default=16, show_default=True)
 @click.option("--samples", default=10, show_default=True, help="Completions of each prompt.")
 @click.option("--max-new-tokens", default=32, show_default=True)
-@click.option("--fixed-length", is_flag=True, help="Ignore the stop tokens in both.")
+@click.option("--fixed-length", is_flag=True, help="Ignore the stop tokens everywhere.")
 @click.option("--repeats", default=7, show_default=True)
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--device", default="cpu", show_default=True)
+@click.option("--memory", default=0.3, show_default=True, help="GPU share of an SGLang engine.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
-def main(folder: Path | None, instruction: str, json_file: Path | None, **options: Any) -> None:
-    """Samples per second of the native engine and of generate, side by side."""
+def main(
+    folder: Path | None,
+    model_config: str,
+    image_tokens: int,
+    instruction: str,
+    engines: list[str],
+    memory: float,
+    json_file: Path | None,
+    **options: Any,
+) -> None:
+    """Samples per second of rollout engines and of generate, side by side."""
     transformers.utils.logging.disable_progress_bar()
     work = Work(**options)
     with ExitStack() as stack:
         title = f"model {folder}"
-        if folder is None and (TOYBASE / "config.json").is_file():
-            folder, title = TOYBASE, "toy base policy"
+        if model_config:
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            folder = save_random(scratch, model_config, image_tokens, torch.device(work.device))
+            title = f"{model_config}, random weights"
         elif folder is None:
-            folder = save_toymodel(Path(stack.enter_context(tempfile.TemporaryDirectory())))
-            title = "toy model, random weights"
-        result = report(measure(folder, instruction, work), work, title)
+            folder, title = TOYBASE, "toy base policy"
+        runs = measure(folder, instruction, work, engines, memory)
+        result = report(runs, work, title)
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1) + "\n")
 

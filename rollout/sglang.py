@@ -118,6 +118,10 @@ class SglangEngine:
         self.pushed = self._push.send(named_tensors, version)
         self._unready = ""
 
+    def forget(self) -> None:
+        """Drop the keys and values of earlier prompts, as a push does."""
+        self._host.run(lambda engine: engine.flush_cache())
+
     def sleep(self) -> None:
         """Give the device's memory to others; without `keep_weights` the weights are gone."""
         self.check()

@@ -45,6 +45,7 @@ _CALLS = (
           "token_ids_logprob", "image_data")),
     Need("call", ENGINE, "Engine.release_memory_occupation", "sleeping", ("tags",)),
     Need("call", ENGINE, "Engine.resume_memory_occupation", "waking", ("tags",)),
+    Need("call", ENGINE, "Engine.flush_cache", "dropping keys and values of earlier prompts"),
     Need("call", ENGINE, "Engine.get_server_info", "how many tokens an engine takes"),
     Need("call", ENGINE, "Engine.shutdown", "replaced: it would end all children of this process"),
     Need("call", MANAGER, "TokenizerManager.update_weights_from_tensor",

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from speciarl.bench.rollout import Work, measure, report
+from speciarl.bench.rollout import measure, report
+from speciarl.bench.rollout_work import Work
 
 
 @pytest.mark.parametrize("fixed_length", [True, False])
@@ -11,11 +12,12 @@ def test_both_sides_do_the_same_work(toy_model_dir: Path, fixed_length: bool) ->
         prompts=3, samples=2, max_new_tokens=5, fixed_length=fixed_length, repeats=2,
         dtype="float32", device="cpu",
     )  # fmt: skip
-    runs = measure(toy_model_dir, "Answer.", work)
+    runs = measure(toy_model_dir, "Answer.", work, ["native", "generate"])
     assert set(runs) == {"native", "generate"}
     for done in runs.values():
         assert [run.samples for run in done] == [6, 6]
         assert all(6 <= run.tokens <= 30 for run in done)
         assert not fixed_length or {run.tokens for run in done} == {30}
     result = report(runs, work, "test")
-    assert result["ratio"]["min"] <= result["ratio"]["median"] <= result["ratio"]["max"]
+    ratio = result["ratios"]["generate"]
+    assert ratio["min"] <= ratio["median"] <= ratio["max"]
