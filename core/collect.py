@@ -6,18 +6,24 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
+from speciarl.core.adaptive import Spent
 from speciarl.core.examples import Example
 from speciarl.core.prompts import PromptBuilder
 from speciarl.core.verdicts import Figures, Watch, summed
+from speciarl.core.world import World
 from speciarl.judge.base import Judge
 from speciarl.judge.grading import codes_of
 from speciarl.judge.noise import moved
 from speciarl.judge.settings import JudgeConfig
+from speciarl.kernels.codes import ABSENT
 from speciarl.rollout.engine import Group, Prompt, Request, Rollout, RolloutEngine, Sampling
 from speciarl.rollout.seeds import uniform_rows
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,12 +48,14 @@ class JudgedGroup:
 
 @dataclass
 class Timing:
-    """Seconds of this rank, tokens sampled, and the figures of the judge (`Watch.figures`)."""
+    """Seconds of this rank, tokens sampled, the figures of the judge (`Watch.figures`), and what
+    the rounds of the step spent."""
 
     generate: float = 0.0
     judge: float = 0.0
     tokens: int = 0
     verdicts: Figures = field(default_factory=dict)
+    spent: Spent = field(default_factory=Spent)
 
     def add(self, other: Timing) -> None:
         """Adds those of a further round."""
@@ -55,6 +63,7 @@ class Timing:
         self.judge += other.judge
         self.tokens += other.tokens
         self.verdicts = summed([self.verdicts, other.verdicts])
+        self.spent += other.spent
 
 
 Answered = tuple[Example, Group]
@@ -90,18 +99,32 @@ class Collector:
         self.tell = tell
         self.pool = ThreadPoolExecutor(config.threads, thread_name_prefix="judge")
 
+    def share(self, items: Sequence[T], world: World) -> Sequence[T]:
+        """Those of `items`, each of which wants completions of one prompt, that this rank samples.
+
+        The only place that decides it, in training and evaluation.
+        """
+        return items[world.rank :: world.size]
+
     def collect(
         self, work: Sequence[tuple[Example, Prompt]], n: int, sampling: Sampling
     ) -> tuple[list[JudgedGroup], Timing]:
-        """`n` judged completions of each prompt, in the order of `work`.
+        """`n` judged completions of each prompt, see `collect_samples`."""
+        return self.collect_samples([(*item, range(n)) for item in work], sampling)
 
-        `Timing.judge` is what remains of judging after the last sample: the rest is hidden.
+    def collect_samples(
+        self, work: Sequence[tuple[Example, Prompt, range]], sampling: Sampling
+    ) -> tuple[list[JudgedGroup], Timing]:
+        """Judged completions with these sample ids of each prompt, in the order of `work`.
+
+        A group of which the engine gave no completion is left out. `Timing.judge` is what remains
+        of judging after the last sample: the rest is hidden.
 
         Raises:
             RuntimeError: the engine kept a group back, or the judge broke its contract.
         """
-        examples = {example.key: example for example, _ in work}
-        requests = [Request(prompt, example.key, tuple(range(n))) for example, prompt in work]
+        examples = {example.key: example for example, _, _ in work}
+        requests = [Request(prompt, example.key, tuple(ids)) for example, prompt, ids in work]
         watch, timing = Watch(self.judge), Timing()
         finished: dict[str, Answered] = {}
         graded: dict[str, Future[list[JudgedGroup]]] = {}
@@ -117,11 +140,11 @@ class Collector:
         lost = [key for key in examples if key not in finished]
         if lost:
             raise RuntimeError(f"the engine ended without {len(lost)} groups, {lost[0]} among them")
-        with watch.telling(self.tell, n * len(work)):
+        with watch.telling(self.tell, sum(len(ids) for _, _, ids in work)):
             if self.judge.concurrent:
-                groups = [graded[example.key].result()[0] for example, _ in work]
+                groups = [group for key in examples for group in graded[key].result()]
             else:
-                groups = self._in_turn([finished[e.key] for e, _ in work], watch, sampling)
+                groups = self._in_turn([finished[key] for key in examples], watch, sampling)
         timing.judge = time.perf_counter() - start - timing.generate
         timing.verdicts = watch.figures()
         return groups, timing
@@ -139,8 +162,10 @@ class Collector:
     def _judged(
         self, answered: Sequence[Answered], judge: Judge, sampling: Sampling
     ) -> list[JudgedGroup]:
-        """The groups with their codes, from one call to the judge."""
-        samples = [(e, sorted(g.rollouts, key=lambda r: r.sample_id)) for e, g in answered]
+        """The groups that have rollouts, with their codes, from one call to the judge."""
+        samples = [
+            (e, sorted(g.rollouts, key=lambda r: r.sample_id)) for e, g in answered if g.rollouts
+        ]
         truths = [example.truth for example, rollouts in samples for _ in rollouts]
         texts = [self.builder.decode(r.ids) for _, rollouts in samples for r in rollouts]
         codes = codes_of(judge, truths, texts)
@@ -172,9 +197,13 @@ class Collector:
 
 
 def codes_matrix(groups: Sequence[JudgedGroup]) -> np.ndarray:
-    """int8 [G, N] codes, padded with ABSENT (-1) where groups differ in size."""
-    width = max(len(group.completions) for group in groups)
-    codes = np.full((len(groups), width), -1, dtype=np.int8)
-    for row, group in zip(codes, groups, strict=True):
-        row[: len(group.completions)] = [c.code for c in group.completions]
+    """int8 [G, N] codes, padded with ABSENT where groups differ in size."""
+    return padded([[c.code for c in group.completions] for group in groups])
+
+
+def padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """int8 [G, N] of G rows of codes, filled up with ABSENT to the longest; N is at least 1."""
+    codes = np.full((len(rows), max([1, *map(len, rows)])), ABSENT, dtype=np.int8)
+    for line, row in zip(codes, rows, strict=True):
+        line[: len(row)] = row
     return codes

@@ -90,6 +90,11 @@ class Config:
                 "deviation needs at least 2 completions; raise rollout.n or set "
                 "objective.normalize=false"
             )
+        if self.objective.normalize and self.rollout.n_start == 1:
+            raise ValueError(
+                "rollout.n_start=1 with objective.normalize: a group's standard deviation needs at "
+                "least 2 completions; raise rollout.n_start"
+            )
         if self.model.head_mode == "chunked" and self.objective.loss.kind == "gspo":
             raise ValueError(
                 "model.head_mode=chunked with objective.algorithm=gspo: its ratios need all tokens "

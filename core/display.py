@@ -58,6 +58,16 @@ LAYOUT: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
             ("judge/agreement", "agree", SHARE),
         ),
     ),
+    (
+        "samples",
+        (
+            ("completions/count", "completions", COUNT),
+            ("groups/empty", "empty groups", COUNT),
+            ("adaptive/rounds", "rounds", COUNT),
+            ("adaptive/uncertain", "uncertain", SHARE),
+            ("adaptive/budget_used", "budget", SHARE),
+        ),
+    ),
     ("reward", (("reward/mean", "mean", NUMBER), ("groups/no_signal", "no signal", SHARE))),
     (
         "answers",

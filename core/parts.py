@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from speciarl.core.checkpoint import CheckpointStore, check_shared
-from speciarl.core.collect import Collector
+from speciarl.core.collect import Collector, padded
 from speciarl.core.config import Config
 from speciarl.core.evaluation import Predictions, evaluate
 from speciarl.core.inputs import Data, default_cache, open_data, open_judge
@@ -142,7 +141,7 @@ def report_of(rows: Sequence[Mapping[str, Any]], skipped: Mapping[str, str]) -> 
             "nothing to evaluate: no [data.eval] table has a usable image"
             f"{'; one skipped: ' + reason if reason else ''}"
         )
-    codes = best_of_k(np.array([row["codes"] for row in rows], dtype=np.int8))
+    codes = best_of_k(padded([row["codes"] for row in rows]))
     return report(codes, [row["dataset"] for row in rows], [row["domain"] for row in rows])
 
 

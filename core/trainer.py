@@ -13,7 +13,6 @@ import torch
 
 from speciarl.core.collect import JudgedGroup, Timing
 from speciarl.core.config import Config
-from speciarl.core.examples import Example
 from speciarl.core.learner import Learned
 from speciarl.core.optim import learning_rate
 from speciarl.core.parts import Parts
@@ -25,9 +24,9 @@ from speciarl.core.report import (
     sample_rows,
     step_scalars,
 )
-from speciarl.core.verdicts import all_ranks, too_many_faults
+from speciarl.core.rounds import Rounds
+from speciarl.core.verdicts import too_many_faults
 from speciarl.core.world import World
-from speciarl.rollout.engine import Sampling
 
 
 class TrainingStopped(RuntimeError):
@@ -59,6 +58,7 @@ class Trainer:
         self.config = config
         self.world = world
         self.parts = parts
+        self.rounds = Rounds(config, world, parts)
         self.progress = Progress()
         self.deferred = Deferred(world.device)
         self.recent: deque[list[dict[str, Any]]] = deque(maxlen=2)
@@ -88,7 +88,7 @@ class Trainer:
     def step(self) -> None:
         """One step: generate and judge, score and learn, push the new weights."""
         start = time.perf_counter()
-        groups, timing = self.collect()
+        groups, timing = self.rounds.collect(self.progress.step)
         self.check_versions(groups)
         if problem := too_many_faults(timing.verdicts, self.config.judge.max_fault_share):
             self.save()  # an outage of the judge costs this step, and none before it
@@ -116,51 +116,6 @@ class Trainer:
             "time/step": end - start,
         }
         self.note(groups, learned, timing, times)
-
-    def collect(self) -> tuple[list[JudgedGroup], Timing]:
-        """Judged groups of this step, of all ranks, in prompt order.
-
-        With dynamic sampling, groups without signal are replaced by further prompts until the
-        step is full, `max_refills` rounds have gone by, or every example has had its turn.
-        """
-        objective, wanted = self.config.objective, self.config.train.prompts
-        total = Timing()
-        kept: list[JudgedGroup] = []
-        seen: set[str] = set()
-        for _ in range(1 + (objective.max_refills if objective.dynamic_sampling else 0)):
-            # The same prompt again would give the same completions again.
-            examples = [e for e in self.parts.stream.draw(wanted) if e.key not in seen]
-            if not examples:
-                break
-            seen.update(example.key for example in examples)
-            groups, timing = self.sample(examples)
-            total.add(timing)
-            if not objective.dynamic_sampling:
-                return groups, total
-            live = self.parts.learner.live(groups)
-            kept += [group for group, alive in zip(groups, live, strict=True) if alive]
-            if len(kept) >= wanted:
-                break
-        # Whole mini-batches only: an update of a few groups would weigh as much as a full one.
-        size = self.config.train.mini_batch
-        full = min(wanted, len(kept) // size * size) or len(kept)
-        return kept[:full] or groups, total
-
-    def sample(self, examples: list[Example]) -> tuple[list[JudgedGroup], Timing]:
-        """Every rank samples and judges its share; all ranks get all groups."""
-        rollout, world = self.config.rollout, self.world
-        sampling = Sampling(
-            temperature=rollout.temperature,
-            max_new_tokens=rollout.max_new_tokens,
-            seed=self.config.train.seed,
-            step=self.progress.step,
-        )
-        mine = [(e, self.parts.data.store.need(e)) for e in examples[world.rank :: world.size]]
-        groups, timing = self.parts.collector.collect(mine, rollout.n, sampling)
-        place = {example.key: index for index, example in enumerate(examples)}
-        everyone = [group for part in world.gather(groups) for group in part]
-        timing.verdicts = all_ranks(world.gather(timing.verdicts))
-        return sorted(everyone, key=lambda g: place[g.example.key]), timing
 
     def check_versions(self, groups: list[JudgedGroup]) -> None:
         """Refuses completions of other weights than the policy's, before anything is learnt."""

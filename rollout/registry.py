@@ -17,7 +17,13 @@ class RolloutConfig:
     engine: str = "native"
     """"native": transformers' model with this package's own loop."""
     n: int = 10
-    """Completions of each prompt: the group."""
+    """Completions of each prompt: the group. With `n_start`, their mean at most: a step's prompts
+    times n are its budget."""
+    n_start: int = 0
+    """Adaptive N: completions that every prompt gets first; those whose bar is uncertain then get
+    as many again and again, up to `n_max`, while the budget lasts. 0: each gets n at once."""
+    n_max: int = 0
+    """Most completions of a prompt where N is adaptive; 0 otherwise."""
     temperature: float = 1.0
     """Sampling temperature; log-probs are taken at the same temperature."""
     max_new_tokens: int = 2048
@@ -34,6 +40,13 @@ class RolloutConfig:
             raise ValueError(f"engine={self.engine!r}: one of {', '.join(ENGINES)}{hint}")
         if self.n < 1 or self.max_new_tokens < 1 or self.max_rows < 1:
             raise ValueError("n, max_new_tokens and max_rows must be at least 1")
+        if (self.n_start, self.n_max) != (0, 0) and not (
+            1 <= self.n_start <= self.n <= self.n_max > self.n_start
+        ):
+            raise ValueError(
+                f"n_start={self.n_start}, n={self.n}, n_max={self.n_max}: adaptive N needs "
+                "1 <= n_start <= n <= n_max and n_start < n_max; both at 0 are off"
+            )
         if self.temperature <= 0:
             raise ValueError(
                 f"temperature={self.temperature}: training samples need a positive temperature"
