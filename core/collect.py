@@ -13,6 +13,7 @@ import numpy as np
 from speciarl.core.adaptive import Spent
 from speciarl.core.examples import Example
 from speciarl.core.prompts import PromptBuilder
+from speciarl.core.timeline import Reporting, Timeline
 from speciarl.core.verdicts import Figures, Watch, summed
 from speciarl.core.world import World
 from speciarl.judge.base import Judge
@@ -82,6 +83,7 @@ class Collector:
         builder: decodes token ids.
         config: threads, noise and limit of faults.
         tell: gets a line now and then while grading takes long.
+        timeline: gets spans of generating and judging, and the engine's own (`Reporting`).
     """
 
     def __init__(
@@ -91,12 +93,16 @@ class Collector:
         builder: PromptBuilder,
         config: JudgeConfig,
         tell: Callable[[str], None] | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         self.engine = engine
         self.judge = judge
         self.builder = builder
         self.config = config
         self.tell = tell
+        self.timeline = timeline or Timeline(keep=False)
+        if isinstance(engine, Reporting):
+            engine.span = self.timeline.span
         self.pool = ThreadPoolExecutor(config.threads, thread_name_prefix="judge")
 
     def share(self, items: Sequence[T], world: World) -> Sequence[T]:
@@ -128,14 +134,17 @@ class Collector:
         watch, timing = Watch(self.judge), Timing()
         finished: dict[str, Answered] = {}
         graded: dict[str, Future[list[JudgedGroup]]] = {}
-        self.engine.wake()
+        with self.timeline.span("generate", "wake"):
+            self.engine.wake()
         start = time.perf_counter()
-        for group in self.engine.generate(requests, sampling):
-            answered = finished[group.group_key] = (examples[group.group_key], group)
-            if self.judge.concurrent:
-                job = self.pool.submit(self._judged, [answered], watch, sampling)
-                graded[group.group_key] = job
-            timing.tokens += sum(len(r.ids) for r in group.rollouts)
+        with self.timeline.span("generate", prompts=len(requests)) as generating:
+            for group in self.engine.generate(requests, sampling):
+                answered = finished[group.group_key] = (examples[group.group_key], group)
+                if self.judge.concurrent:
+                    job = self.pool.submit(self._judged, [answered], watch, sampling)
+                    graded[group.group_key] = job
+                timing.tokens += sum(len(r.ids) for r in group.rollouts)
+            generating.args["tokens"] = timing.tokens
         timing.generate = time.perf_counter() - start
         lost = [key for key in examples if key not in finished]
         if lost:
@@ -153,10 +162,13 @@ class Collector:
         self, answered: Sequence[Answered], watch: Watch, sampling: Sampling
     ) -> list[JudgedGroup]:
         """All groups in one call, while the engine sleeps."""
-        self.engine.sleep()
-        self.judge.wake()
+        with self.timeline.span("generate", "sleep"):
+            self.engine.sleep()
+        with self.timeline.span("judge", "wake"):
+            self.judge.wake()
         groups = self._judged(answered, watch, sampling)
-        self.judge.sleep()
+        with self.timeline.span("judge", "sleep"):
+            self.judge.sleep()
         return groups
 
     def _judged(
@@ -168,7 +180,8 @@ class Collector:
         ]
         truths = [example.truth for example, rollouts in samples for _ in rollouts]
         texts = [self.builder.decode(r.ids) for _, rollouts in samples for r in rollouts]
-        codes = codes_of(judge, truths, texts)
+        with self.timeline.span("judge", "grade", completions=len(texts)):
+            codes = codes_of(judge, truths, texts)
         if self.config.noise:
             codes = self._noisy(codes, samples, sampling.step)
         given = iter(codes.tolist())

@@ -40,6 +40,7 @@ LAYOUT: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
             ("time/learn", "learn", SECONDS),
             ("time/push", "push", SECONDS),
             ("time/other", "other", SECONDS),
+            ("time/idle", "idle", SECONDS),
         ),
     ),
     (

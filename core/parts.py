@@ -25,6 +25,7 @@ from speciarl.core.policy import Policy, load_model
 from speciarl.core.prompts import PromptBuilder
 from speciarl.core.settings import to_dict
 from speciarl.core.stream import PromptStream
+from speciarl.core.timeline import Timeline
 from speciarl.core.world import World
 from speciarl.judge.settings import SAME
 from speciarl.rollout.engine import RolloutEngine
@@ -66,6 +67,7 @@ class Parts:
     stream: PromptStream
     store: CheckpointStore
     monitor: Monitor
+    timeline: Timeline
     config: Config
     world: World
 
@@ -182,6 +184,7 @@ def build(config: Config, world: World, *, supervised: bool = False, quiet: bool
     stream = PromptStream(data.train, data.store, world, config.train.seed, batch)
     stream.require(config.train.prompts)
     banned = tuple(data.builder.banned_ids)
+    timeline = Timeline()
     reference = bool(config.objective.kl_coef) and not supervised
     policy = Policy(config.model, world, banned, reference=reference, seed=config.train.seed)
     optimizer = Optimizer(config.optim, policy.parameters())
@@ -196,6 +199,7 @@ def build(config: Config, world: World, *, supervised: bool = False, quiet: bool
         token_budget=config.train.token_budget,
         mini_batch=config.train.mini_batch,
         prompt_of=data.store.need,
+        timeline=timeline,
     )
     in_turn = not (judge.concurrent and examiner.concurrent)
     engine = open_engine(config, world, data.builder, keep_weights=in_turn)
@@ -209,11 +213,12 @@ def build(config: Config, world: World, *, supervised: bool = False, quiet: bool
         optimizer=optimizer,
         learner=learner,
         engine=engine,
-        collector=Collector(engine, judge, data.builder, config.judge, tell),
-        evaluator=Collector(engine, examiner, data.builder, examination, tell),
+        collector=Collector(engine, judge, data.builder, config.judge, tell, timeline),
+        evaluator=Collector(engine, examiner, data.builder, examination, tell, timeline),
         stream=stream,
         store=store,
         monitor=monitor,
+        timeline=timeline,
         config=config,
         world=world,
     )

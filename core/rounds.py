@@ -49,7 +49,9 @@ class Rounds:
         seen: set[str] = set()
         for _ in range(1 + (objective.max_refills if objective.dynamic_sampling else 0)):
             # The same prompt again would give the same completions again.
-            examples = [e for e in self.parts.stream.draw(wanted) if e.key not in seen]
+            with self.parts.timeline.span("prompts"):
+                drawn = self.parts.stream.draw(wanted)
+            examples = [example for example in drawn if example.key not in seen]
             if not examples:
                 break
             seen.update(example.key for example in examples)

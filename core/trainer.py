@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,8 @@ from speciarl.core.report import (
     step_scalars,
 )
 from speciarl.core.rounds import Rounds
+from speciarl.core.timeline import Span
+from speciarl.core.tracefile import TraceFile
 from speciarl.core.verdicts import too_many_faults
 from speciarl.core.world import World
 
@@ -59,6 +60,8 @@ class Trainer:
         self.world = world
         self.parts = parts
         self.rounds = Rounds(config, world, parts)
+        self.timeline = parts.timeline
+        self.trace = TraceFile(parts.out, world, config.train.trace_steps)
         self.progress = Progress()
         self.deferred = Deferred(world.device)
         self.recent: deque[list[dict[str, Any]]] = deque(maxlen=2)
@@ -66,6 +69,8 @@ class Trainer:
     def run(self) -> None:
         """From the newest checkpoint, or the start, to the last step and the final model."""
         self.resume()
+        self.timeline.step = self.progress.step
+        self.trace.start(self.progress.step)
         self.parts.write_record()
         self.push()
         if self.progress.step == 0:
@@ -77,6 +82,7 @@ class Trainer:
                 self.evaluate()
             if self.due(self.config.train.save_every):
                 self.save()
+            self.trace.add(self.progress.step, self.timeline.take())
 
     def due(self, every: int) -> bool:
         """Whether something done every so many steps, and at the end, is to be done now."""
@@ -87,7 +93,7 @@ class Trainer:
 
     def step(self) -> None:
         """One step: generate and judge, score and learn, push the new weights."""
-        start = time.perf_counter()
+        self.timeline.begin(self.progress.step + 1)
         groups, timing = self.rounds.collect(self.progress.step)
         self.check_versions(groups)
         if problem := too_many_faults(timing.verdicts, self.config.judge.max_fault_share):
@@ -95,25 +101,26 @@ class Trainer:
             raise TrainingStopped(f"step {self.progress.step}: {problem}")
         self.recent.append(input_rows(self.progress.step, groups))
         if self.config.rollout.sleep:
-            self.parts.engine.sleep()
-        learning = time.perf_counter()
-        learned = self.parts.learner.learn(groups, self.rate)
-        self.settle()
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize()
-        pushing = time.perf_counter()
+            with self.timeline.span("generate", "sleep"):
+                self.parts.engine.sleep()
+        with self.timeline.span("learn") as learning:
+            learned = self.parts.learner.learn(groups, self.rate)
+            self.settle()
+            if self.world.device.type == "cuda":
+                torch.cuda.synchronize()
         if learned is not None:
             self.progress.updates += len(learned.norms)
         self.progress.step += 1
         self.progress.position = self.parts.stream.position
-        self.push()
-        end = time.perf_counter()
+        pushing = self.push()
+        whole, idle = self.timeline.finish()
         times = {
             "time/generate": timing.generate,
             "time/judge": timing.judge,
-            "time/learn": pushing - learning,
-            "time/push": end - pushing,
-            "time/step": end - start,
+            "time/learn": learning.seconds,
+            "time/push": pushing.seconds,
+            "time/step": whole,
+            "time/idle": idle,
         }
         self.note(groups, learned, timing, times)
 
@@ -136,12 +143,14 @@ class Trainer:
         total = self.config.train.steps * self.updates_per_step
         return learning_rate(self.config.optim, max(0, self.progress.updates + update), total)
 
-    def push(self) -> None:
-        """New weights to the engine, stamped with the step that samples from them."""
-        self.parts.engine.wake()  # asleep for the policy's sake, for a judge's, or not at all
-        self.parts.engine.load_weights(
-            self.parts.policy.named_weights(), version=self.progress.step
-        )
+    def push(self) -> Span:
+        """New weights to the engine, stamped with the step that samples from them; the time."""
+        with self.timeline.span("push") as pushing:
+            self.parts.engine.wake()  # asleep for the policy's sake, for a judge's, or not at all
+            self.parts.engine.load_weights(
+                self.parts.policy.named_weights(), version=self.progress.step
+            )
+        return pushing
 
     # Statistics arrive one step late, so that the host never waits for the device.
 
@@ -211,7 +220,8 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint of everything the next step depends on."""
         self.settle()
-        self.parts.store.save(self.progress.step, self.tensors(), vars(self.progress))
+        with self.timeline.span("save"):
+            self.parts.store.save(self.progress.step, self.tensors(), vars(self.progress))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Trainable weights and optimizer state, sharded."""
@@ -250,5 +260,6 @@ class Trainer:
         self.settle()
         if not self.parts.data.eval:
             return
-        metrics = self.parts.evaluate(self.progress.step)
+        with self.timeline.span("evaluate"):
+            metrics = self.parts.evaluate(self.progress.step)
         self.parts.monitor.log(self.progress.step, evaluation_scalars(metrics))

@@ -13,6 +13,7 @@ from speciarl.core.train import train
 from speciarl.core.world import World
 from speciarl.judge.registry import FACTORIES
 from speciarl.kernels.codes import S_MINUS, A, S, W
+from tracecheck import read_trace
 
 WORDS = (
     "train.prompts=4", "train.mini_batch=2", "train.save_every=1", "train.steps=3",
@@ -64,11 +65,34 @@ def test_it_goes_on_as_if_nothing_had_been(
     assert counts(out) == counts(whole)
 
 
+def assert_whole_trace(out: Path) -> None:
+    """Both ranks' first two steps, rank 0's idle time as it was logged, one push a step."""
+    spans = read_trace(out / "trace.json")
+    for rank in (0, 1):
+        mine = [span for span in spans if span["pid"] == rank]
+        assert {span["process"] for span in mine} == {f"rank {rank}"}
+        assert {span["args"]["step"] for span in mine} == {0, 1, 2}
+        tracks = {span["cat"] for span in mine}
+        assert tracks == {"prompts", "generate", "judge", "learn", "push", "save", "idle"}
+        pushed = [span["args"]["step"] for span in mine if span["name"] == "push"]
+        assert pushed == [0, 1, 2]
+    for line in step_lines(out)[:2]:
+        idle = [
+            span["dur"] / 1e6
+            for span in spans
+            if (span["pid"], span["cat"], span["args"]["step"]) == (0, "idle", line["step"])
+        ]
+        assert sum(idle) == pytest.approx(line["time/idle"], abs=1e-4)
+        assert line["time/idle"] < line["time/step"]
+
+
 @pytest.mark.timeout(300)
 def test_two_processes_make_the_same_plan_and_learn_the_same(
     whole: Path, toy_root: Path, toy_model_dir: Path, tmp_path: Path
 ) -> None:
-    two = rankruns.run(toy_root, toy_model_dir, tmp_path / "two", 2, *WORDS)
+    words = (*WORDS, "train.trace_steps=2")
+    two = rankruns.run(toy_root, toy_model_dir, tmp_path / "two", 2, *words)
+    assert_whole_trace(two)
     assert [line.keys() for line in counts(two)] == [line.keys() for line in counts(whole)]
     for ours, theirs in zip(counts(two), counts(whole), strict=True):
         assert ours == pytest.approx(theirs)

@@ -40,6 +40,7 @@ Configure = Callable[..., Config]
         (("train.device=gpu",), r"train: device='gpu': one of auto, cpu, cuda"),
         (("train.mismatch_limit=-1",), r"train: mismatch_limit=-1.0: must not be negative"),
         (("train.mismatch_limit=nan",), r"train: mismatch_limit=nan: must not be negative"),
+        (("train.trace_steps=-2",), r"train: trace_steps=-2: at least 0, or -1 for all"),
         (("train.out=",), r"train: out='': name the run folder"),
         (("reward.rule=speciarl-orderd",), r"reward rule = 'speciarl-orderd'.*'speciarl-ordered'"),
         (("reward.rule=table",), r"reward: table = None does not go with rule = 'table'"),
