@@ -25,6 +25,7 @@ from speciarl.bench.toyruns import (
     FIGURES,
     base_figures,
     cells,
+    cpu_seconds,
     evaluation,
     interval,
     outcome,
@@ -46,10 +47,12 @@ def total(folders: Sequence[Path], name: str) -> list[float]:
 
 
 def result(folders: Sequence[Path], steps: int) -> dict[str, Any]:
-    """Figures, completions sampled and seconds of the steps, a value a seed."""
+    """Figures, completions sampled, wall seconds of the steps and processor seconds of the whole
+    run, a value a seed."""
     return outcome(folders, steps) | {
         "completions": total(folders, "completions/count"),
         "seconds": total(folders, "time/step"),
+        "cpu_seconds": [cpu_seconds(folder) for folder in folders],
     }
 
 
@@ -65,14 +68,17 @@ def table(results: dict[str, Any], base: dict[str, Any], title: str) -> Table:
     for where in ("birds", "unseen"):
         for name in ("spec.", "corr.", "HM"):
             out.add_column(f"{where} {name}", justify="right")
-    for name in ("completions", "time"):
+    for name in ("completions", "time", "CPU"):
         out.add_column(name, justify="right")
     out.add_row("base", *(f"{part[f]:.3f}" for part in base_figures(base) for f in FIGURES))
     first = next(iter(results.values()))
     for name, one in results.items():
         count = interval(one["completions"])[0]
-        time = interval(one["seconds"])[0] / interval(first["seconds"])[0]
-        out.add_row(name, *cells(one), f"{count:,.0f}", f"{time:.2f}")
+        ratios = [
+            f"{interval(one[clock])[0] / interval(first[clock])[0]:.2f}"
+            for clock in ("seconds", "cpu_seconds")
+        ]
+        out.add_row(name, *cells(one), f"{count:,.0f}", *ratios)
     return out
 
 
@@ -174,7 +180,7 @@ def main(
         folders |= run_ways(ways, numbers, steps, out, jobs, sets)
     results = {name: result(paths, steps) for name, paths in folders.items()}
     base = json.loads(evaluation(folders["adaptive"][0], 0).read_text())["datasets"]
-    title = f"{steps} steps, seeds {seeds}; mean ± 95 % t-interval over seeds; time: a ratio"
+    title = f"{steps} steps, seeds {seeds}; mean ± 95 % t-interval over seeds; times: ratios"
     show(results, base, spent, title)
     if report:
         command = f"python bench/adaptive.py --n {n} --n-start {n_start} --n-max {n_max}"

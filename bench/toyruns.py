@@ -21,6 +21,7 @@ IN_DOMAIN, OUT_OF_DOMAIN = ("birds",), ("flowers", "cars")
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 TRAIN = Path(__file__).resolve().parent.parent / "core" / "train.py"
+CPU = "cpu_seconds.txt"
 Work = TypeVar("Work")
 
 
@@ -50,10 +51,20 @@ def run(folder: Path, seed: int, steps: int, sets: Sequence[str]) -> Path:
     command = [sys.executable, str(TRAIN), *(w for s in settings for w in ("--set", s))]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (folder / "log.txt").open("a") as log:
-        code = subprocess.run(command, stdout=log, stderr=log, env=env, check=False).returncode
+        child = subprocess.Popen(command, stdout=log, stderr=log, env=env)
+        _, status, usage = os.wait4(child.pid, 0)
+    code = child.returncode = os.waitstatus_to_exitcode(status)
+    with (folder / CPU).open("a") as file:
+        file.write(f"{usage.ru_utime + usage.ru_stime:.2f}\n")
     if code:
         raise RuntimeError(f"{folder.name}: exit code {code}, see {folder / 'log.txt'}")
     return folder
+
+
+def cpu_seconds(folder: Path) -> float:
+    """Processor time of a run's processes, start and evaluations included; other work on the
+    machine hardly changes it."""
+    return sum(map(float, (folder / CPU).read_text().split()))
 
 
 def run_all(work: Sequence[Work], one: Callable[[Work], Path], jobs: int = 0) -> dict[Work, Path]:
