@@ -40,6 +40,7 @@ setup(
     package_data={
         "speciarl.core": ["presets/*.toml", "toybase/*"],
         "speciarl.judge": ["taxonomies/*.json"],
+        "speciarl.rollout": ["sglang_reference.json"],
     },
     install_requires=[
         "torch>=2.11",

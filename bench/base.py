@@ -57,7 +57,7 @@ def measure_all(config: Config, world: World, data: Data) -> dict[str, Any]:
     """Figures by data set."""
     truths = [example.truth for part in data.eval.values() for example in part]
     judge = open_judge(config.judge, config.data.eval, truths)
-    engine = open_engine(config, world, data.builder)
+    engine = open_engine(config, world, data.builder, keep_weights=True)
     collector = Collector(engine, judge, data.builder, config.judge)
     cues = cue_images(Path(config.data.toyworld))
     limit, out = config.rollout.max_new_tokens, {}

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from speciarl.core.cli_judge import judge
+from speciarl.core.cli_rollout import rollout
 
 # Loaded when called: they import torch and transformers, and `speciarl --help` is to be immediate.
 SCRIPTS = {
@@ -108,6 +109,7 @@ def toymodel(out: Path, seed: int) -> None:
 
 
 main.add_command(judge)
+main.add_command(rollout)
 
 
 if __name__ == "__main__":

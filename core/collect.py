@@ -106,11 +106,9 @@ class Collector:
         self.pool = ThreadPoolExecutor(config.threads, thread_name_prefix="judge")
 
     def share(self, items: Sequence[T], world: World) -> Sequence[T]:
-        """Those of `items`, each of which wants completions of one prompt, that this rank samples.
-
-        The only place that decides it, in training and evaluation.
-        """
-        return items[world.rank :: world.size]
+        """Those of `items`, each of which wants completions of one prompt, that this rank samples;
+        the only place that decides it. Of ranks that share an engine only the first has any."""
+        return world.part(items, self.engine.ranks)
 
     def collect(
         self, work: Sequence[tuple[Example, Prompt]], n: int, sampling: Sampling

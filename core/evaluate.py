@@ -32,7 +32,7 @@ def evaluate_model(config: Config, world: World, out: Path) -> Report:
     truths = [example.truth for part in data.eval.values() for example in part]
     examiner = settings.judged_by(config.judge)
     judge = open_judge(examiner, config.data.eval, truths, default_cache(out, world))
-    sampling = settings.sampling(config.rollout.max_new_tokens)
+    sampling = settings.sampling(config.rollout.max_new_tokens, config.rollout.stop_text)
     record = {
         **model_record(config.model),
         "data": {name: table.path for name, table in config.data.eval.items()},

@@ -50,15 +50,19 @@ class EvaluationConfig:
         if self.judge.kind == SAME and self.judge != JudgeConfig(kind=SAME):
             raise ValueError("judge.kind = 'same' takes no other setting of judge: name its kind")
 
-    def sampling(self, limit: int) -> Sampling:
-        """Greedy for k = 1, else the oracle's sampling; `limit` is the rollout's length."""
+    def sampling(self, limit: int, stop_text: str = "") -> Sampling:
+        """Greedy for k = 1, else the oracle's sampling.
+
+        limit, stop_text: the rollout's length and end.
+        """
         length = self.max_new_tokens or limit
         if self.k == 1:
-            return Sampling(temperature=0.0, max_new_tokens=length)
+            return Sampling(temperature=0.0, max_new_tokens=length, stop_text=stop_text)
         return Sampling(
             temperature=self.temperature,
             top_p=self.top_p,
             max_new_tokens=length,
+            stop_text=stop_text,
             seed=self.seed,
         )
 

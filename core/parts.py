@@ -6,11 +6,10 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from speciarl.core.checkpoint import CheckpointStore, check_shared
 from speciarl.core.collect import Collector, padded
@@ -21,7 +20,7 @@ from speciarl.core.learner import Learner
 from speciarl.core.metrics import Report, best_of_k, report
 from speciarl.core.monitor import Monitor, run_versions
 from speciarl.core.optim import Optimizer
-from speciarl.core.policy import Policy, load_model
+from speciarl.core.policy import Policy
 from speciarl.core.prompts import PromptBuilder
 from speciarl.core.settings import to_dict
 from speciarl.core.stream import PromptStream
@@ -29,27 +28,31 @@ from speciarl.core.timeline import Timeline
 from speciarl.core.world import World
 from speciarl.judge.settings import SAME
 from speciarl.rollout.engine import RolloutEngine
-from speciarl.rollout.registry import make_engine
+from speciarl.rollout.registry import Source, make_engine
 
 TELL_EVERY = 30.0  # seconds between signs of life of a long evaluation
 
 
 def open_engine(
-    config: Config, world: World, builder: PromptBuilder, *, keep_weights: bool = False
+    config: Config, world: World, builder: PromptBuilder, *, keep_weights: bool
 ) -> RolloutEngine:
     """The rollout engine of this rank, with a copy of the policy's first weights.
 
     Args:
-        keep_weights: sleep must keep them even if `rollout.sleep` does not ask for it: the engine
-            wakes more often than it gets new ones.
+        keep_weights: sleep must keep them: the engine wakes more often than it gets new ones.
     """
-    model: nn.Module = load_model(config.model, config.model.compute_dtype(world.device))
-    return make_engine(
-        replace(config.rollout, sleep=False) if keep_weights else config.rollout,
-        model.to(world.device).eval(),
+    source = Source(
+        folder=config.model.folder,
+        dtype=config.model.compute_dtype(world.device),
+        device=world.device,
         stop_ids=builder.stop_ids,
         banned_ids=builder.banned_ids,
+        longest_prompt=config.data.max_prompt_tokens,
+        keep_weights=keep_weights,
+        seed=config.train.seed,
+        decode=lambda ids: str(builder.tokenizer.decode(ids)),
     )
+    return make_engine(config.rollout, source)
 
 
 @dataclass
@@ -94,7 +97,7 @@ class Parts:
             self.evaluator,
             self.data.store,
             self.data.eval,
-            config.sampling(self.config.rollout.max_new_tokens),
+            config.sampling(self.config.rollout.max_new_tokens, self.config.rollout.stop_text),
             config.k,
             self.world,
             Predictions(folder, {"step": step, "k": config.k}, self.world),
@@ -164,9 +167,22 @@ def export_model(policy: Policy, builder: PromptBuilder, folder: Path, world: Wo
 def build(config: Config, world: World, *, supervised: bool = False, quiet: bool = False) -> Parts:
     """All parts of a training run. Fails before loading weights where the input is wrong.
 
+    What shares the policy's device starts before it, one after another, and sleeps then: an engine
+    takes a share of the memory that is free when it starts.
+
     Args:
         supervised: training labels are taught, not judged, and no reference policy is held.
     """
+    with ExitStack() as opened:
+        parts = _build(config, world, opened, supervised=supervised, quiet=quiet)
+        opened.pop_all()
+    return parts
+
+
+def _build(
+    config: Config, world: World, opened: ExitStack, *, supervised: bool, quiet: bool
+) -> Parts:
+    """`opened` closes what was opened, if the rest fails."""
     out = Path(config.train.out)
     if out.is_file():
         raise FileExistsError(f"train.out={config.train.out!r} is a file, not a run folder")
@@ -177,12 +193,19 @@ def build(config: Config, world: World, *, supervised: bool = False, quiet: bool
     truths = [example.truth for part in asked for example in part]
     cache = default_cache(out, world)
     judge = open_judge(config.judge, every, truths, cache)
+    opened.callback(judge.close)
     examination = config.evaluation.judged_by(config.judge)
     apart = config.evaluation.judge.kind != SAME
     examiner = open_judge(examination, every, truths, cache) if apart else judge
+    opened.callback(examiner.close)
     batch = config.train.prompts if config.data.drop_last else 1
     stream = PromptStream(data.train, data.store, world, config.train.seed, batch)
     stream.require(config.train.prompts)
+    in_turn = not (judge.concurrent and examiner.concurrent)
+    engine = open_engine(config, world, data.builder, keep_weights=in_turn)
+    opened.callback(engine.close)
+    if config.rollout.sleeps:
+        engine.sleep()
     banned = tuple(data.builder.banned_ids)
     timeline = Timeline()
     reference = bool(config.objective.kl_coef) and not supervised
@@ -201,8 +224,6 @@ def build(config: Config, world: World, *, supervised: bool = False, quiet: bool
         prompt_of=data.store.need,
         timeline=timeline,
     )
-    in_turn = not (judge.concurrent and examiner.concurrent)
-    engine = open_engine(config, world, data.builder, keep_weights=in_turn)
     store = CheckpointStore(out, config.train.keep)
     monitor = open_monitor(config, world, store, quiet=quiet)
     tell = monitor.message

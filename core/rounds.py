@@ -108,6 +108,7 @@ class Rounds:
         sampling = Sampling(
             temperature=rollout.temperature,
             max_new_tokens=rollout.max_new_tokens,
+            stop_text=rollout.stop_text,
             seed=self.config.train.seed,
             step=step,
         )

@@ -100,7 +100,7 @@ class Trainer:
             self.save()  # an outage of the judge costs this step, and none before it
             raise TrainingStopped(f"step {self.progress.step}: {problem}")
         self.recent.append(input_rows(self.progress.step, groups))
-        if self.config.rollout.sleep:
+        if self.config.rollout.sleeps:
             with self.timeline.span("generate", "sleep"):
                 self.parts.engine.sleep()
         with self.timeline.span("learn") as learning:

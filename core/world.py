@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -43,6 +43,13 @@ class World:
         out: list[Any] = [None] * self.size
         dist.all_gather_object(out, value, group=_host_group())
         return out
+
+    def part(self, items: Sequence[T], together: int = 1) -> Sequence[T]:
+        """This rank's part of the items, every n-th: of `together` neighbouring ranks, which work
+        as one, the first has theirs and the others nothing."""
+        if self.rank % together:
+            return items[:0]
+        return items[self.rank // together :: self.size // together]
 
     def barrier(self) -> None:
         """Waits until every rank is here."""

@@ -16,6 +16,7 @@ from speciarl.rollout.fused import FusedText
 from speciarl.rollout.prefill import chunks, language_inputs, text_positions
 from speciarl.rollout.sampling import choose
 from speciarl.rollout.seeds import uniform_rows
+from speciarl.rollout.stops import TextStop
 from speciarl.rollout.waves import Row, distinct_prompts
 
 _KEEP_SHARE = 0.75
@@ -30,6 +31,7 @@ class Decoder:
     device: torch.device
     stops: np.ndarray
     """[V] bool: tokens that end a completion."""
+    text_stop: TextStop | None
     banned: Tensor
     """[K] int64 on the device."""
     fused: FusedText | None
@@ -124,6 +126,9 @@ class Wave:
         self.logprobs[self.live, now] = logprobs
         self.length += 1
         stopped = decoder.stops[self.tokens[self.live, now]]
+        if decoder.text_stop is not None:
+            since = max(0, self.length - decoder.text_stop.window)
+            stopped |= decoder.text_stop.ended(self.tokens[self.live, since : self.length])
         over = stopped | (self.length == self.sampling.max_new_tokens)
         ended = zip(self.live[over].tolist(), stopped[over].tolist(), strict=True)
         finished = [self._finished(index, stop) for index, stop in ended]

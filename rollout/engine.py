@@ -89,6 +89,9 @@ class Sampling:
     top_k: int = 0
     """The k most likely tokens; 0 is off. Applied before `top_p`."""
     max_new_tokens: int = 32
+    stop_text: str = ""
+    """A completion ends with the token that completes this text, which may go on after it; "" is
+    off. See `stops.TextStop`."""
     seed: int = 0
     """Of the run."""
     step: int = 0
@@ -114,7 +117,8 @@ class Rollout:
     group_key: str
     sample_id: int
     ids: list[int]
-    """Generated tokens; the stop token is the last one when `finish_reason` is "stop"."""
+    """Generated tokens; when `finish_reason` is "stop", the last one is the stop token, or the one
+    that completes `Sampling.stop_text`."""
     logprobs: list[float]
     """One per id, nats, fp32: log_softmax(logits / temperature) with the banned ids masked, not
     cut by top_p or top_k; at temperature 1 for greedy."""
@@ -134,6 +138,10 @@ class Group:
 @runtime_checkable
 class RolloutEngine(Protocol):
     """Samples completions from a policy whose weights are pushed into it."""
+
+    ranks: int
+    """Neighbouring ranks that share the engine: the first of them gets their prompts, the others
+    take part in its other calls."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Group]:
         """Yield each group as soon as its last rollout is finished."""

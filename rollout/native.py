@@ -7,7 +7,7 @@ its prompt and its name alone (up to rounding), not on what else is in the batch
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from speciarl.rollout.cache import ATTENTION
 from speciarl.rollout.decode import Decoder, Wave
 from speciarl.rollout.engine import EngineDead, Group, Request, Sampling, WeightsRefused
 from speciarl.rollout.fused import FusedText, supports
+from speciarl.rollout.stops import TextStop
 from speciarl.rollout.waves import Assembly, plan_waves
 from speciarl.rollout.weights import copy_weights
 
@@ -33,6 +34,7 @@ class NativeEngine:
         stop_ids: tokens that end a completion.
         banned_ids: tokens never sampled and masked in the log-probs (image and video
             placeholders: one of them in a completion breaks the next forward).
+        decode: the tokenizer's, special tokens kept; needed for `Sampling.stop_text`.
         max_rows: completions decoded at once; bounds the memory of keys and values.
         prefill_tokens: padded prompt tokens in one forward.
         route: how tokens are decoded: "fused" (`FusedText`), "generic" (transformers' layers), or
@@ -49,6 +51,7 @@ class NativeEngine:
         *,
         stop_ids: Sequence[int],
         banned_ids: Sequence[int],
+        decode: Callable[[list[int]], str] | None = None,
         max_rows: int = 256,
         prefill_tokens: int = 16384,
         route: str = "auto",
@@ -63,6 +66,7 @@ class NativeEngine:
         language = model.model.language_model
         if route == "fused" and not supports(language):
             raise ValueError(f"route=fused does not know {type(language).__name__}")
+        self.ranks = 1
         self.model = model.eval().requires_grad_(False)
         language.set_attn_implementation(ATTENTION)
         self.device = model.get_input_embeddings().weight.device
@@ -70,6 +74,7 @@ class NativeEngine:
         outside = [i for i in (*stop_ids, *banned_ids) if not 0 <= i < vocabulary]
         if outside:
             raise ValueError(f"ids {outside} are outside the vocabulary of {vocabulary}")
+        self.decode = decode
         self.max_rows = max_rows
         self.prefill_tokens = prefill_tokens
         self.keep_weights = keep_weights
@@ -79,6 +84,7 @@ class NativeEngine:
         self._banned = torch.tensor(sorted(set(banned_ids)), dtype=torch.long, device=self.device)
         self._fuses = route == "fused" or (route == "auto" and supports(language))
         self._fused = FusedText(language) if self._fuses else None
+        self._text_stop: TextStop | None = None
         self._shapes: list[torch.Size] = []
         self._loads = 0
         self._asleep = False
@@ -87,11 +93,12 @@ class NativeEngine:
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Group]:
         """Yield each group as soon as its last rollout is finished.
 
-        Raises EngineDead (closed, logits not finite), WeightsRefused (no complete weights) and
-        RuntimeError (asleep, or weights pushed while it runs).
+        Raises EngineDead (closed, logits not finite), WeightsRefused (no complete weights),
+        RuntimeError (asleep, or weights pushed while it runs), and ValueError (a stop text, and no
+        decode to find it with).
         """
         self._assert_ready()
-        return self._groups(list(requests), sampling)
+        return self._groups(list(requests), sampling, self._stop_at(sampling.stop_text))
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
         """Copy all parameters in place, cast to the engine's dtype; see `copy_weights`.
@@ -153,11 +160,25 @@ class NativeEngine:
         if self._unready:
             raise WeightsRefused(f"no complete weights to generate with: {self._unready}")
 
-    def _groups(self, requests: list[Request], sampling: Sampling) -> Iterator[Group]:
+    def _stop_at(self, text: str) -> TextStop | None:
+        if not text:
+            return None
+        if self.decode is None:
+            raise ValueError(
+                f"sampling.stop_text = {text!r}: the native engine was made without `decode`"
+            )
+        if self._text_stop is None or self._text_stop.text != text:
+            self._text_stop = TextStop(text, self.decode, len(self._stops))
+        return self._text_stop
+
+    def _groups(
+        self, requests: list[Request], sampling: Sampling, text_stop: TextStop | None
+    ) -> Iterator[Group]:
         decoder = Decoder(
             model=self.model,
             device=self.device,
             stops=self._stops,
+            text_stop=text_stop,
             banned=self._banned,
             fused=self._fused,
             prefill_tokens=self.prefill_tokens,

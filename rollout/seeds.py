@@ -47,3 +47,8 @@ def uniform_rows(seed: int, step: int, names: Sequence[tuple[str, int]], count: 
 def uniforms(seed: int, step: int, prompt_key: str, sample_id: int, count: int) -> np.ndarray:
     """[count] float64 in [0, 1): the stream of one sample, see `uniform_rows`."""
     return uniform_rows(seed, step, [(prompt_key, sample_id)], count)[0]
+
+
+def request_seed(seed: int, step: int, prompt_key: str, sample_id: int) -> int:
+    """A number in [0, 2**31) for an engine that draws by itself, from the same name."""
+    return int(_key(seed, step, prompt_key, sample_id)[0] >> np.uint64(33))

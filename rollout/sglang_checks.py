@@ -14,18 +14,12 @@ from pathlib import Path
 
 import torch
 
+from speciarl.rollout.sglang_contract import examine
+from speciarl.rollout.sglang_needs import MODELS
+from speciarl.rollout.sglang_source import installed
+
 OLDEST, NEXT = (0, 5, 17), (0, 6, 0)
 SUPPORTED = "0.5.17 (torch 2.11) to 0.5.21 (torch 2.13)"
-_CALLS = {
-    "async_generate": ("input_ids", "sampling_params", "return_logprob", "logprob_start_len",
-                       "token_ids_logprob", "image_data"),
-    "update_weights_from_tensor": ("named_tensors", "load_format", "flush_cache"),
-    "release_memory_occupation": ("tags",),
-    "resume_memory_occupation": ("tags",),
-    "flush_cache": (),
-    "get_all_child_pids": (),
-}  # fmt: skip
-_HOOKS = ("run_scheduler_process_func", "run_detokenizer_process_func")
 
 
 @dataclass(frozen=True)
@@ -52,10 +46,9 @@ def find() -> Features:
     """Imports SGLang and looks at it. Call it where the process is protected (sglang_scope).
 
     Raises ImportError when it is missing, cannot be imported, or is of an unsupported version:
-    one outside the known range, or without a call, argument or hook that is needed.
+    one outside the known range, or one without something that is needed (sglang_contract).
     """
-    if importlib.util.find_spec("sglang") is None:
-        raise ImportError("SGLang is not installed: pip install 'speciarl[sglang]'")
+    package = installed()
     try:
         from sglang.srt.entrypoints.engine import Engine
         from sglang.srt.server_args import ServerArgs
@@ -66,18 +59,11 @@ def find() -> Features:
             f"supported are {SUPPORTED} with the transformers that they pin"
         ) from error
     require_supported(__version__)
-    lacking = [f"Engine.{hook}" for hook in _HOOKS if not hasattr(Engine, hook)]
-    for call, names in _CALLS.items():
-        function = getattr(Engine, call, None)
-        if function is None:
-            lacking.append(f"Engine.{call}")
-            continue
-        known = inspect.signature(function).parameters
-        lacking += [f"{call}({name})" for name in names if name not in known]
-    if lacking:
+    report = examine(package)
+    if not report.conforms:
+        lacking = ", ".join(f"{lack.what} ({lack.file})" for lack in report.failures)
         raise ImportError(
-            f"SGLang {__version__} is not supported, it has no {', '.join(lacking)}; "
-            f"supported are {SUPPORTED}"
+            f"SGLang {__version__} is not supported, it has no {lacking}; supported are {SUPPORTED}"
         )
     return Features(
         version=__version__,
@@ -116,12 +102,8 @@ def require_known_model(folder: Path) -> None:
     """Raises ValueError if SGLang has no class for the model in `folder` (config.json)."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     wanted = config.get("architectures") or []
-    spec = importlib.util.find_spec("sglang.srt.models")
-    roots = list(spec.submodule_search_locations or []) if spec else []
-    known: set[str] = set()
-    for file in (file for root in roots for file in Path(root).rglob("*.py")):
-        known.update(re.findall(r"^class (\w+)", file.read_text(encoding="utf-8"), re.MULTILINE))
-    if not known.intersection(wanted):
+    known = installed().classes(MODELS)
+    if not set(wanted) & set(known):
         near = get_close_matches(wanted[0], known, n=1) if wanted else []
         hint = f"; the nearest that it has is {near[0]}" if near else ""
         raise ValueError(

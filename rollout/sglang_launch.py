@@ -161,8 +161,7 @@ class Host:
     def _start(self) -> None:
         launch = self._launch
         rank, local = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
-        cpu = {"SGLANG_USE_CPU_ENGINE": "1"} if launch.device == "cpu" else {}
-        with unchanged({**cpu, **launch.environment}, self._folder.path):
+        with unchanged(launch.variables, self._folder.path):
             self.features = checks.find()
             _KINDS.add(launch.device)
             launch.check(self.features)
@@ -277,7 +276,8 @@ def _release(engine: Any, loop: asyncio.AbstractEventLoop) -> None:
     tasks = asyncio.all_tasks(loop)
     for task in tasks:
         task.cancel()
-    loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+    if tasks:
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
     manager = getattr(engine, "tokenizer_manager", None)
     held = [value for owner in (engine, manager) if owner for value in vars(owner).values()]
     for context in {socket.context for socket in held if isinstance(socket, zmq.Socket)}:

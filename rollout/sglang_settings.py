@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +64,16 @@ class Launch:
         """GPUs that share the engine's weights."""
         return int(str(self.arguments.get("tp_size", 1)))
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment that SGLang is started with, beyond the process's own."""
+        if self.device != "cpu":
+            return dict(self.environment)
+        cores = os.cpu_count() or 1
+        bound = "|".join(str(rank % cores) for rank in range(self.tp_size))
+        shared = {"SGLANG_CPU_OMP_THREADS_BIND": bound} if self.tp_size > 1 else {}
+        return {"SGLANG_USE_CPU_ENGINE": "1", **shared, **self.environment}
+
     def check(self, features: checks.Features) -> None:
         """Raises ValueError (model class, argument), ImportError (memory saver), MemoryError."""
         checks.require_known_model(self.model)
@@ -97,6 +108,7 @@ class Launch:
             "log_level": "error",
             "skip_server_warmup": True,
             "grammar_backend": "none",
+            "sleep_on_idle": True,  # an idle engine leaves the processor to the trainer
             "enable_memory_saver": sleeps,
             "enable_weights_cpu_backup": sleeps and self.keep_weights,
         }

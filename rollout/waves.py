@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from speciarl.rollout.engine import Group, Prompt, Request, Rollout
@@ -37,28 +36,29 @@ def plan_waves(requests: Sequence[Request], max_rows: int) -> list[list[Row]]:
     return waves if waves[0] else []
 
 
-@dataclass
 class Assembly:
     """Collects rollouts and gives each group away when it is complete."""
 
-    requests: Sequence[Request]
-    _open: dict[str, dict[Row, Rollout | None]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for index, request in enumerate(self.requests):
-            rows = self._open.setdefault(request.group_key, {})
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self._keys = [request.group_key for request in requests]
+        self._rollouts: dict[str, dict[Row, Rollout | None]] = {}
+        for index, request in enumerate(requests):
+            rows = self._rollouts.setdefault(request.group_key, {})
             rows.update({Row(index, sample_id): None for sample_id in request.sample_ids})
+        self._missing = {key: len(rows) for key, rows in self._rollouts.items()}
 
-    def add(self, finished: Iterable[tuple[Row, Rollout]]) -> Iterator[Group]:
-        """Groups completed by these rollouts, each in the order of its requests."""
+    def add(self, finished: Iterable[tuple[Row, Rollout | None]]) -> Iterator[Group]:
+        """Groups completed by these rollouts, each in the order of its requests.
+
+        None stands for a rollout that cannot be used: its group does without it.
+        """
         for row, rollout in finished:
-            key = rollout.group_key
-            rows = self._open[key]
-            rows[row] = rollout
-            complete = [entry for entry in rows.values() if entry is not None]
-            if len(complete) == len(rows):
-                del self._open[key]
-                yield Group(key, complete)
+            key = self._keys[row.request]
+            self._rollouts[key][row] = rollout
+            self._missing[key] -= 1
+            if self._missing[key] == 0:
+                found = self._rollouts.pop(key).values()
+                yield Group(key, [rollout for rollout in found if rollout is not None])
 
 
 def distinct_prompts(requests: Iterable[Request]) -> list[Prompt]:

@@ -23,7 +23,7 @@ Configure = Callable[..., Config]
         (("optim.learning_rate=1",), r"unknown key optim.learning_rate.* optim.lr"),
         (("optim.lr=fast",), r"optim.lr = fast \(--set\): expected float"),
         (("rollout.n=1",), r"rollout.n=1 with objective.normalize: .* at least 2"),
-        (("rollout.n=0",), r"rollout: n, .* at least 1"),
+        (("rollout.n=0",), r"rollout: n=0: must be at least 1"),
         (
             ("model.head_mode=chunked", "objective.algorithm=gspo"),
             r"head_mode=chunked with objective.algorithm=gspo: .*model.head_mode=auto",

@@ -17,6 +17,7 @@ from speciarl.core.examples import Example
 from speciarl.core.report import step_scalars
 from speciarl.core.rounds import Rounds
 from speciarl.core.settings import load
+from speciarl.core.timeline import Timeline
 from speciarl.judge.base import Pair
 from speciarl.kernels.codes import S_MINUS, G, S, W
 from speciarl.kernels.reward import RewardSpec, best_of_n_numpy
@@ -33,7 +34,8 @@ Found = tuple[list[JudgedGroup], Timing]
 class Engine:
     """Sample i of image k says "k:i"; those in `lost` it keeps back. The last group comes first."""
 
-    def __init__(self, lost: Sequence[str] = ()) -> None:
+    def __init__(self, lost: Sequence[str] = (), ranks: int = 1) -> None:
+        self.ranks = ranks
         self.lost = lost
         self.asked: list[tuple[str, tuple[int, ...]]] = []
         self.awake = False
@@ -88,15 +90,16 @@ def rounds(rank: Any, words: Sequence[str], concurrent: bool, engine: Engine) ->
         data=SimpleNamespace(store=SimpleNamespace(need=need)),
         collector=Collector(engine, judge, builder, config.judge),  # type: ignore[arg-type]
         learner=SimpleNamespace(live=live),
+        timeline=Timeline(),
     )
     return Rounds(config, rank, parts)  # type: ignore[arg-type]
 
 
 def collected(
-    size: int, *words: str, concurrent: bool = True, lost: Sequence[str] = ()
+    size: int, *words: str, concurrent: bool = True, lost: Sequence[str] = (), together: int = 1
 ) -> tuple[Found, list[Engine]]:
     """What rank 0 collects, and the engines of all; the other ranks collect the same."""
-    engines = [Engine(lost) for _ in range(size)]
+    engines = [Engine(lost, together) for _ in range(size)]
 
     def work(rank: Rank) -> Found:
         made = rounds(rank, words, concurrent, engines[rank.rank])
@@ -121,6 +124,13 @@ def test_ranks_and_judges_change_neither_the_plan_nor_the_data(words: tuple[str,
             assert sum(len(ids) for _, ids in asked) == timing.spent.asked
             assert timing.spent.asked <= timing.spent.budget
             assert len({(key, i) for key, ids in asked for i in ids}) == timing.spent.asked
+
+
+def test_of_ranks_that_share_an_engine_the_first_samples() -> None:
+    (groups, timing), _ = collected(1, *ADAPTIVE)
+    (others, other), engines = collected(4, *ADAPTIVE, together=2)
+    assert others == groups and other.spent == timing.spent
+    assert [bool(engine.asked) for engine in engines] == [True, False, True, False]
 
 
 def test_samples_go_where_the_bar_is_uncertain_until_the_budget_is_spent() -> None:

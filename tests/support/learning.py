@@ -157,8 +157,11 @@ def learn(case: Case, tiny: Tiny, world: World) -> dict[str, Tensor]:
     return out | {"stats": learned.stats, "norms": learned.norms, "skipped": learned.skipped}
 
 
-def by_hand(case: Case, tiny: Tiny, start: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradient of the first update in float64, one unpacked sequence after another.
+def by_hand(
+    case: Case, tiny: Tiny, start: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The first update in float64, one unpacked sequence after another: the loss, the size of what
+    it is summed from (its terms cancel), and the gradient.
 
     `start`: the trainable parameters. LoRA's are folded into plain weights, and its gradient
     follows from the plain one: W = W0 + c B A, so dB = c dW A^T and dA = c B^T dW.
@@ -174,18 +177,19 @@ def by_hand(case: Case, tiny: Tiny, start: dict[str, Tensor]) -> tuple[Tensor, d
         for layer in adapted:
             a, b = (start[f"{layer}.lora_{x}.default.weight"].double() for x in "AB")
             weights[f"{layer}.weight"].add_(scale * b @ a)
-    loss = torch.zeros((), dtype=torch.float64)
+    loss, size = torch.zeros(2, dtype=torch.float64)
     for item, completion, advantage, weight in _scored(case, tiny):
         term = weight * _token_losses(case, tiny, model, reference, item, completion, advantage)
         term.sum().backward()
         loss += term.sum().detach()
+        size += term.abs().sum().detach()
     gradient = {n: weights[n].grad for n in start if n in weights}
     for layer in adapted:
         a, b = (start[f"{layer}.lora_{x}.default.weight"].double() for x in "AB")
         dense = weights[f"{layer}.weight"].grad
         gradient[f"{layer}.lora_A.default.weight"] = scale * b.T @ dense
         gradient[f"{layer}.lora_B.default.weight"] = scale * dense @ a.T
-    return loss, gradient
+    return loss, size, gradient
 
 
 def _scored(case: Case, tiny: Tiny) -> list[tuple[Item, Completion, float, float]]:

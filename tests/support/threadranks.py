@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from speciarl.core.world import World
+
 
 @dataclass
 class Rank:
@@ -21,6 +23,8 @@ class Rank:
     def main(self) -> bool:
         """True on the one rank that writes files."""
         return self.rank == 0
+
+    part = World.part
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value`, in rank order."""

@@ -1,0 +1,110 @@
+"""One engine over the GPUs of several neighbouring ranks: the first of them owns it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from speciarl.rollout.engine import Group, Request, RolloutEngine, Sampling
+
+T = TypeVar("T")
+
+
+class TensorGroup:
+    """A RolloutEngine of `tp` neighbouring ranks of one machine.
+
+    The owner, the group's first rank, has the engine and gets the group's prompts; the others take
+    part in each push of weights, since the policy is sharded over them, and know when the engine
+    has let go of their GPU. What fails on the owner fails on all ranks of the group. Every call but
+    `generate` and `check` is collective over the group.
+
+    Args:
+        tp: ranks that share the engine.
+        start: makes it; called on the owner alone.
+
+    Raises what `start` raises, and ValueError when tp does not divide the ranks of a machine.
+    """
+
+    def __init__(self, tp: int, start: Callable[[], RolloutEngine]) -> None:
+        rank, size = dist.get_rank(), dist.get_world_size()
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        if local % tp or size % tp:
+            raise ValueError(
+                f"rollout.tp = {tp} does not divide the {local} processes of this machine: an "
+                "engine's GPUs are those of neighbouring ranks"
+            )
+        self.ranks = tp
+        self.owner = rank - rank % tp
+        groups = [dist.new_group(range(i, i + tp), backend="gloo") for i in range(0, size, tp)]
+        self._group = groups[rank // tp]
+        self._engine: RolloutEngine | None = None
+        self._engine = self._together(start)
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Group]:
+        """The owner's groups. Raises ValueError for requests to a rank that has no engine."""
+        if self._engine is not None:
+            return self._engine.generate(requests, sampling)
+        if requests:
+            raise ValueError(f"the engine of this rank's group is in rank {self.owner}: ask there")
+        return iter(())
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
+        """Every rank iterates to the end, the owner sends."""
+        tensors = iter(named_tensors)
+
+        def send() -> None:
+            try:
+                self._owned().load_weights(tensors, version=version)
+            finally:
+                _drain(tensors)
+
+        if self._engine is None:
+            _drain(tensors)
+        self._together(send)
+
+    def sleep(self) -> None:
+        """Returns on every rank when the engine has let go of all GPUs."""
+        self._together(lambda: self._owned().sleep())
+
+    def wake(self) -> None:
+        """Returns on every rank when the engine has its memory again."""
+        self._together(lambda: self._owned().wake())
+
+    def check(self) -> None:
+        """Raises EngineDead on the owner."""
+        if self._engine is not None:
+            self._engine.check()
+
+    def close(self) -> None:
+        """Not collective: a rank closes when it ends, for whatever reason."""
+        if self._engine is not None:
+            self._engine.close()
+
+    def _owned(self) -> RolloutEngine:
+        assert self._engine is not None
+        return self._engine
+
+    def _together(self, work: Callable[[], T]) -> T | None:
+        """The owner's work; what it raises is raised on every rank of the group."""
+        problem: Exception | None = None
+        result: T | None = None
+        if dist.get_rank() == self.owner:
+            try:
+                result = work()
+            except Exception as error:
+                problem = error
+        told = [problem]
+        dist.broadcast_object_list(told, src=self.owner, group=self._group)
+        if told[0] is not None:
+            raise told[0]
+        return result
+
+
+def _drain(tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Takes part in the gathering of the tensors that are left."""
+    for _ in tensors:
+        pass
