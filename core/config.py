@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from speciarl.core.evaluation import EvaluationConfig
+from speciarl.core.mismatch import MismatchConfig
 from speciarl.core.objective import ObjectiveConfig
 from speciarl.core.optim import OptimConfig
 from speciarl.core.policy import ModelConfig
@@ -43,8 +44,6 @@ class TrainConfig:
     """Torch threads of a process; 0 shares the machine's cores between its processes."""
     device: str = "auto"
     """"auto", "cpu" or "cuda"."""
-    mismatch_limit: float = 0.5
-    """Mean |trainer - engine| log-prob difference (nats) that stops the run; 0 is off."""
     samples_every: int = 10
     """Steps between samples written to samples.jsonl; 0 writes none."""
     trace_steps: int = 0
@@ -66,10 +65,6 @@ class TrainConfig:
             raise ValueError(f"trace_steps={self.trace_steps}: at least 0, or -1 for all steps")
         if not self.out:
             raise ValueError("out='': name the run folder")
-        if not self.mismatch_limit >= 0:  # nan too
-            raise ValueError(
-                f"mismatch_limit={self.mismatch_limit}: must not be negative; 0 is off"
-            )
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device={self.device!r}: one of auto, cpu, cuda")
 
@@ -86,6 +81,7 @@ class Config:
     reward: RewardSpec = field(default_factory=RewardSpec)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:

@@ -87,8 +87,8 @@ LAYOUT: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
         (
             ("policy/loss", "loss", SMALL),
             ("policy/kl", "KL", SMALL),
-            ("policy/mismatch_mean", "mismatch", SMALL),
-            ("policy/mismatch_max", "max", SMALL),
+            ("mismatch/mean", "mismatch", SMALL),
+            ("mismatch/max", "max", SMALL),
             ("policy/clip_fraction", "clipped", SHARE),
             ("policy/grad_norm", "grad norm", SMALL),
             ("optim/lr", "lr", SMALL),

@@ -206,6 +206,7 @@ def _build(
     opened.callback(engine.close)
     if config.rollout.sleeps:
         engine.sleep()
+        world.barrier()  # it may have been on other ranks' GPUs
     banned = tuple(data.builder.banned_ids)
     timeline = Timeline()
     reference = bool(config.objective.kl_coef) and not supervised

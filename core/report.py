@@ -13,6 +13,7 @@ from speciarl.core.collect import JudgedGroup, Timing, codes_matrix
 from speciarl.core.config import Config
 from speciarl.core.learner import Learned
 from speciarl.core.metrics import Report, Tally
+from speciarl.core.mismatch import mismatch_scalars
 from speciarl.core.monitor import Monitor
 from speciarl.core.settings import differences, to_dict
 from speciarl.core.verdicts import judge_scalars
@@ -81,11 +82,8 @@ def loss_scalars(stats: Scalars) -> Scalars:
         "policy/clip_fraction": (stats["clipped_low"] + stats["clipped_high"]) / tokens,
         "policy/dual_clip_fraction": stats["dual_clipped"] / tokens,
         "policy/ratio": stats["ratio"] / tokens,
-        "policy/mismatch_mean": stats["engine_mismatch"] / tokens,
-        "policy/mismatch_max": stats["engine_mismatch_max"],
-        "policy/importance_weight": stats["importance_weight"] / tokens,
         "policy/entropy": stats["entropy"] / tokens,
-    }
+    } | mismatch_scalars(stats)
 
 
 def step_scalars(

@@ -13,6 +13,7 @@ import torch
 from speciarl.core.collect import JudgedGroup, Timing
 from speciarl.core.config import Config
 from speciarl.core.learner import Learned
+from speciarl.core.mismatch import MismatchGuard
 from speciarl.core.optim import learning_rate
 from speciarl.core.parts import Parts
 from speciarl.core.report import (
@@ -43,6 +44,7 @@ class Progress:
     position: int = 0
     bad_in_a_row: int = 0
     skipped_updates: int = 0
+    alarms: int = 0
     skipped_prompts: dict[str, str] = field(default_factory=dict)
 
 
@@ -64,6 +66,7 @@ class Trainer:
         self.trace = TraceFile(parts.out, world, config.train.trace_steps)
         self.progress = Progress()
         self.deferred = Deferred(world.device)
+        self.guard = MismatchGuard(config.mismatch)
         self.recent: deque[list[dict[str, Any]]] = deque(maxlen=2)
 
     def run(self) -> None:
@@ -103,6 +106,7 @@ class Trainer:
         if self.config.rollout.sleeps:
             with self.timeline.span("generate", "sleep"):
                 self.parts.engine.sleep()
+            self.world.barrier()  # it may have been on other ranks' GPUs
         with self.timeline.span("learn") as learning:
             learned = self.parts.learner.learn(groups, self.rate)
             self.settle()
@@ -126,12 +130,8 @@ class Trainer:
 
     def check_versions(self, groups: list[JudgedGroup]) -> None:
         """Refuses completions of other weights than the policy's, before anything is learnt."""
-        versions = {c.version for group in groups for c in group.completions}
-        if versions - {self.progress.step}:
-            raise TrainingStopped(
-                f"step {self.progress.step}: completions were sampled with weight versions "
-                f"{sorted(versions)}; a weight push was lost, and the step was not trained"
-            )
+        if problem := self.guard.stale(self.progress.step, groups):
+            raise TrainingStopped(problem)
 
     @property
     def updates_per_step(self) -> int:
@@ -146,7 +146,6 @@ class Trainer:
     def push(self) -> Span:
         """New weights to the engine, stamped with the step that samples from them; the time."""
         with self.timeline.span("push") as pushing:
-            self.parts.engine.wake()  # asleep for the policy's sake, for a judge's, or not at all
             self.parts.engine.load_weights(
                 self.parts.policy.named_weights(), version=self.progress.step
             )
@@ -184,25 +183,26 @@ class Trainer:
 
     def settle(self) -> None:
         """Reads the statistics of the step before, logs them, and acts on what they say."""
-        ready = self.deferred.take()
-        if ready is None:
+        if (ready := self.deferred.take()) is None:
             return
         step, scalars, skipped, fault = ready
         for bad in skipped:
             self.progress.skipped_updates += int(bad)
             self.progress.bad_in_a_row = self.progress.bad_in_a_row + 1 if bad else 0
         scalars["skipped/updates"] = float(self.progress.skipped_updates)
+        alarm, beyond = self.guard.judge(scalars)
+        self.progress.alarms += alarm is not None
+        scalars["mismatch/alarms"] = float(self.progress.alarms)
         self.parts.monitor.log(step, scalars)
+        if alarm:
+            self.parts.monitor.message(f"step {step}: {alarm}")
         if fault:
             self.stop(f"step {step} was learnt from bad input, counted on the device: {fault}")
         if self.progress.bad_in_a_row >= self.config.optim.max_nonfinite:
             rows = f"{self.progress.bad_in_a_row} updates in a row"
             self.stop(f"{rows} had a non-finite gradient, the last in step {step}")
-        limit = self.config.train.mismatch_limit
-        if limit and scalars.get("policy/mismatch_mean", 0.0) > limit:
-            mean = f"{scalars['policy/mismatch_mean']:.3g} nats a token"
-            apart = f"engine and trainer differ by {mean} (train.mismatch_limit={limit})"
-            self.stop(f"step {step}: {apart}")
+        if beyond:
+            self.stop(f"step {step}: {beyond}")
 
     def stop(self, why: str) -> NoReturn:
         """Ends the run, with what the last two steps learnt from on the disk."""

@@ -27,6 +27,9 @@ STATS: tuple[str, ...] = (
     "kl_k1",
     "kl_k3",
     "engine_mismatch",
+    "engine_k1",
+    "engine_k3",
+    "engine_weight_squared",
     "importance_weight",
     "entropy",
     "loss",
@@ -35,7 +38,13 @@ STATS: tuple[str, ...] = (
 """Sums over the tokens of weighted sequences, in nats where they are log-probs, that add over
 micro-batches and ranks; the last one is a maximum and combines by max. `loss` is the weighted sum
 that the function returns. The clip counts are of tokens whose policy gradient the clip removed;
-under "cispo", whose weight it held. `ratio` is the sequence's under "gspo"."""
+under "cispo", whose weight it held. `ratio` is the sequence's under "gspo".
+
+The figures of the engine are 0 where its log-probs are not given. Of a token's weight
+w = exp(old - engine), k1 = -ln w and k3 = w - 1 - ln w estimate KL(engine || trainer) (Schulman,
+"Approximating KL divergence"); their sums give that of w: tokens + engine_k3 - engine_k1. In these
+three ln w is held within 30 nats, so that w^2 is finite in fp32; `engine_mismatch` is |ln w| as it
+is."""
 
 
 @dataclass(frozen=True)

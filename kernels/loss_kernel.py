@@ -27,6 +27,7 @@ _ROW = tl.constexpr(16)  # of the table of sums: a row per program, STATS in fro
 _ROWS = tl.constexpr(64)  # of that table added up at once
 _SEQUENCES = tl.constexpr(16)  # summed at once
 _LIMIT = tl.constexpr(reference.LOG_RATIO_LIMIT)
+_WEIGHT_LIMIT = tl.constexpr(reference.LOG_WEIGHT_LIMIT)
 _OUT_OF_RANGE = tl.constexpr(faults.SEQUENCE_RANGE)
 
 
@@ -116,6 +117,13 @@ def _kl_terms(new, ref, KL: tl.constexpr):
         value = k3
         slope = tl.where(tl.abs(k1) > _LIMIT, 0.0, -(k3 + behind))
     return value, slope, k1, k3
+
+
+@triton.jit
+def _weight_terms(log_weight):
+    """k1 and k3 of a log-weight, and the weight's square."""
+    held = _clamped(log_weight, -_WEIGHT_LIMIT, _WEIGHT_LIMIT)
+    return -held, _exp_remainder(held), tl.exp(2.0 * held)
 
 
 @triton.jit
@@ -247,10 +255,14 @@ def policy_loss_kernel(
         new, log_ratio, advantage, below, above, dual, KIND, USE_DUAL
     )
     gap = tl.zeros_like(new)
+    engine_k1 = gap
+    engine_k3 = gap
+    squared = gap
     importance = gap + 1.0
     if engine_ptr is not None:
         log_importance = old - _column(engine_ptr, offsets, tokens, live)
         gap = tl.abs(log_importance)
+        engine_k1, engine_k3, squared = _weight_terms(log_importance)
         if USE_CAP:
             importance = _importance(log_importance, cap)
             term *= importance
@@ -282,10 +294,13 @@ def policy_loss_kernel(
     tl.store(row + 5, tl.sum(k1, 0))
     tl.store(row + 6, tl.sum(k3, 0))
     tl.store(row + 7, tl.sum(gap, 0))
-    tl.store(row + 8, tl.sum(tl.where(live, importance, 0.0), 0))
-    tl.store(row + 9, tl.sum(entropy, 0))
-    tl.store(row + 10, tl.sum(weight * term, 0))
-    tl.store(row + 11, tl.max(gap, 0))
+    tl.store(row + 8, tl.sum(engine_k1, 0))
+    tl.store(row + 9, tl.sum(engine_k3, 0))
+    tl.store(row + 10, tl.sum(tl.where(live, squared, 0.0), 0))
+    tl.store(row + 11, tl.sum(tl.where(live, importance, 0.0), 0))
+    tl.store(row + 12, tl.sum(entropy, 0))
+    tl.store(row + 13, tl.sum(weight * term, 0))
+    tl.store(row + 14, tl.max(gap, 0))
 
     if _finished_last(ticket_ptr):
         _add_up(partial_ptr, loss_ptr, stats_ptr)

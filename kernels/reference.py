@@ -15,6 +15,8 @@ from speciarl.kernels.codes import ABSENT, CODES, FORMAT, A, S, W
 STD_EPSILON = 1e-6
 LOG_RATIO_LIMIT = 60.0
 """Nats. exp(60) is finite in fp32; log-ratios beyond it are treated as this large."""
+LOG_WEIGHT_LIMIT = LOG_RATIO_LIMIT / 2
+"""Nats. The same for weights whose squares are summed."""
 
 
 # --- linear log-prob ---------------------------------------------------------------------------
@@ -141,6 +143,14 @@ def kl_estimate(kind: str, new: Tensor, ref: Tensor) -> Tensor:
     return torch.expm1(gap) - gap
 
 
+def engine_terms(old: Tensor, engine: Tensor) -> Tensor:
+    """|old - engine|, k1, k3 and the squared weight of `loss.STATS`, stacked [4, T] in float64:
+    in fp32 the terms of k3 cancel to nothing where the two hardly differ."""
+    apart = old.double() - engine.double()
+    held = apart.clamp(-LOG_WEIGHT_LIMIT, LOG_WEIGHT_LIMIT)
+    return torch.stack((apart.abs(), -held, torch.expm1(held) - held, (2 * held).exp()))
+
+
 def policy_loss(
     new: Tensor,
     old: Tensor,
@@ -203,7 +213,7 @@ def policy_loss(
 
     with torch.no_grad():
         zero = torch.zeros_like(ratio)
-        gap = zero if engine is None else (old - engine).abs()
+        apart = zero.expand(4, -1) if engine is None else engine_terms(old, engine)
         columns = (
             torch.ones_like(ratio),
             low,
@@ -212,12 +222,12 @@ def policy_loss(
             ratio,
             zero if ref is None else kl_estimate("k1", new, ref),
             zero if ref is None else kl_estimate("k3", new, ref),
-            gap,
+            *apart,
             importance,
             zero if entropy is None else entropy,
         )
         sums = [(column * live).sum(dtype=ratio.dtype) for column in columns]
-        largest = torch.cat((gap, gap.new_zeros(1))).amax()
+        largest = torch.cat((apart[0], zero.new_zeros(1))).amax().to(ratio.dtype)
         stats = torch.stack((*sums, loss.detach(), largest))
     return loss, stats
 

@@ -148,9 +148,10 @@ class RolloutEngine(Protocol):
         ...
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
-        """Take over the weights of a checkpoint's names. Collective over the engine's ranks.
+        """Take over the weights of a checkpoint's names; wakes an engine that sleeps.
 
-        Raises WeightsRefused; then no rollout comes until a complete push.
+        Collective over the engine's ranks. Raises WeightsRefused; then no rollout comes until a
+        complete push.
         """
         ...
 

@@ -101,14 +101,12 @@ class NativeEngine:
         return self._groups(list(requests), sampling, self._stop_at(sampling.stop_text))
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
-        """Copy all parameters in place, cast to the engine's dtype; see `copy_weights`.
+        """Copy all parameters in place, cast to the engine's dtype; wakes. See `copy_weights`.
 
         named_tensors: names of the model's `state_dict()`, each parameter exactly once; of tied
         names one is enough. Raises WeightsRefused; then generation waits for a complete push.
         """
-        self.check()
-        if self._asleep:
-            raise RuntimeError("the engine is asleep: call wake() before load_weights()")
+        self.wake()
         self._loads += 1
         self._unready = f"the push of version {version} was refused or not finished"
         copy_weights(self.model, named_tensors)

@@ -105,14 +105,12 @@ class SglangEngine:
         return self._groups(list(requests), sampling)
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
-        """Send all weights, stamped with their version; see `Push.send`.
+        """Send all weights, stamped with their version; wakes. See `Push.send`.
 
         named_tensors: names of transformers' model, each parameter exactly once. Raises
         WeightsRefused, then generation waits for a complete push; EngineDead.
         """
-        self.check()
-        if self._asleep:
-            raise RuntimeError("the engine is asleep: call wake() before load_weights()")
+        self.wake()
         self._unready = f"the push of version {version} was refused or not finished"
         self.pushed = self._push.send(named_tensors, version)
         self._unready = ""

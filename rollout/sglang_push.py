@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from speciarl.rollout.engine import WeightsRefused
 from speciarl.rollout.sglang_launch import Host
+from speciarl.rollout.sglang_scope import house_sharing
 from speciarl.rollout.weights import Manifest
 
 _RENAMED = (("model.language_model.", "model."), ("model.visual.", "visual."))
@@ -86,19 +88,27 @@ class Push:
         EngineDead.
         """
         pushed, start = Pushed(), time.perf_counter()
-        sessions = self._host.features.weight_sessions
-        if sessions:
-            self._answer("begin_weight_update", lambda engine: engine.begin_weight_update())
-        for bucket in buckets(self._manifest.checked(named_tensors), self._bucket_bytes):
-            began = time.perf_counter()
-            pushed.bytes += sum(tensor.nbytes for _, tensor in bucket)
-            pushed.buckets += 1
-            self._send_bucket(bucket, str(version))
-            pushed.send_seconds += time.perf_counter() - began
-        if sessions:
-            self._answer("end_weight_update", lambda engine: engine.end_weight_update())
+        with self._session():
+            for bucket in buckets(self._manifest.checked(named_tensors), self._bucket_bytes):
+                began = time.perf_counter()
+                pushed.bytes += sum(tensor.nbytes for _, tensor in bucket)
+                pushed.buckets += 1
+                self._send_bucket(bucket, str(version))
+                pushed.send_seconds += time.perf_counter() - began
         pushed.seconds = time.perf_counter() - start
         return pushed
+
+    @contextmanager
+    def _session(self) -> Iterator[None]:
+        """What newer versions want around updates; closed after a failed push too."""
+        if not self._host.features.weight_sessions:
+            yield
+            return
+        self._answer("begin_weight_update", lambda engine: engine.begin_weight_update())
+        try:
+            yield
+        finally:
+            self._answer("end_weight_update", lambda engine: engine.end_weight_update())
 
     def _send_bucket(self, bucket: list[Named], version: str) -> None:
         from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
@@ -108,6 +118,8 @@ class Push:
 
         if bucket[0][1].is_cuda:
             monkey_patch_torch_reductions()  # devices by identity, not by their local number
+        else:
+            house_sharing()
         flat = FlattenedTensorBucket(
             named_tensors=[(checkpoint_name(name), tensor) for name, tensor in bucket]
         )

@@ -8,9 +8,11 @@ ranks and ports that torchrun describes for its own.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import fcntl
 import logging
 import multiprocessing
+import multiprocessing.util
 import os
 import random
 import shutil
@@ -20,6 +22,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -89,6 +92,19 @@ class PrivateFolder:
         """The folder and all in it."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lease)
+
+
+@cache
+def house_sharing() -> None:
+    """Gives multiprocessing's socket for shared memory a private folder, for the life of this
+    process: its own would stay on the disk after a kill."""
+    folder = PrivateFolder()
+    atexit.register(folder.remove)
+    before, tempfile.tempdir = tempfile.tempdir, folder.path
+    try:
+        multiprocessing.util.get_temp_dir()
+    finally:
+        tempfile.tempdir = before
 
 
 def _remove_if_left(lease: Path) -> None:

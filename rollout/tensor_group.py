@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -18,9 +19,10 @@ class TensorGroup:
     """A RolloutEngine of `tp` neighbouring ranks of one machine.
 
     The owner, the group's first rank, has the engine and gets the group's prompts; the others take
-    part in each push of weights, since the policy is sharded over them, and know when the engine
-    has let go of their GPU. What fails on the owner fails on all ranks of the group. Every call but
-    `generate` and `check` is collective over the group.
+    part in each push of weights, since the policy is sharded over them. Construction and
+    `load_weights` are collective over the group, and what fails there on the owner fails on all its
+    ranks. The other calls do nothing but on the owner: whoever uses the memory that `sleep` frees
+    on another rank must wait for the owner first.
 
     Args:
         tp: ranks that share the engine.
@@ -57,22 +59,28 @@ class TensorGroup:
         tensors = iter(named_tensors)
 
         def send() -> None:
+            assert self._engine is not None
             try:
-                self._owned().load_weights(tensors, version=version)
+                self._engine.load_weights(tensors, version=version)
             finally:
                 _drain(tensors)
 
+        _empty_cache()  # the owner's engine takes memory here when it wakes
+        dist.barrier(group=self._group)
         if self._engine is None:
             _drain(tensors)
         self._together(send)
+        _empty_cache()
 
     def sleep(self) -> None:
-        """Returns on every rank when the engine has let go of all GPUs."""
-        self._together(lambda: self._owned().sleep())
+        """On the owner."""
+        if self._engine is not None:
+            self._engine.sleep()
 
     def wake(self) -> None:
-        """Returns on every rank when the engine has its memory again."""
-        self._together(lambda: self._owned().wake())
+        """On the owner."""
+        if self._engine is not None:
+            self._engine.wake()
 
     def check(self) -> None:
         """Raises EngineDead on the owner."""
@@ -80,13 +88,9 @@ class TensorGroup:
             self._engine.check()
 
     def close(self) -> None:
-        """Not collective: a rank closes when it ends, for whatever reason."""
+        """On the owner."""
         if self._engine is not None:
             self._engine.close()
-
-    def _owned(self) -> RolloutEngine:
-        assert self._engine is not None
-        return self._engine
 
     def _together(self, work: Callable[[], T]) -> T | None:
         """The owner's work; what it raises is raised on every rank of the group."""
@@ -102,6 +106,11 @@ class TensorGroup:
         if told[0] is not None:
             raise told[0]
         return result
+
+
+def _empty_cache() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _drain(tensors: Iterator[tuple[str, Tensor]]) -> None:

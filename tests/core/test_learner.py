@@ -54,6 +54,27 @@ def test_the_second_of_two_updates_is_clipped(tiny: Tiny, world: World) -> None:
     assert stat(one, "ratio") == stat(one, "tokens")
 
 
+def test_importance_weights_are_of_the_policy_that_sampled(tiny: Tiny, world: World) -> None:
+    """In the second of two updates too, when the policy has moved on."""
+    cap = 1.2
+    objective = replace(CASES["two updates"].objective, importance_cap=cap)
+    case = replace(CASES["two updates"], objective=objective)
+    learner, groups = learner_of(case, tiny, world), judged_groups(tiny, case.codes)
+    chosen = [sample for mini in learner.plan(groups) for sample in mini.sequences]
+    engine = torch.tensor([x for sample in chosen for x in sample.completion.logprobs])
+
+    def weights() -> float:
+        with torch.no_grad():
+            now = learner.policy.logprobs(learner._pack(chosen), temperature=learner.temperature)
+        return float((now - engine).exp().clamp(max=cap).sum())
+
+    before = weights()
+    found = learner.learn(groups, lambda _: case.lr)
+    assert found is not None and stat(found, "tokens") == len(engine)
+    assert stat(found, "importance_weight") == pytest.approx(before, rel=1e-5)
+    assert weights() != pytest.approx(before, rel=1e-2)
+
+
 def test_an_update_has_its_own_denominator(planner: Learner, tiny: Tiny) -> None:
     planner.mini_batch = 3
     groups = judged_groups(tiny, MIXED)

@@ -62,4 +62,4 @@ def test_a_step_learns_from_what_is_left(
     counted = ("groups/count", "groups/empty", "completions/count")
     assert [first[name] for name in counted] == [3, 1, 7]
     assert [second[name] for name in counted] == [4, 0, 12]
-    assert first["policy/mismatch_max"] < 1e-4 and trainer.progress.updates == 4
+    assert first["mismatch/max"] < 1e-4 and trainer.progress.updates == 4

@@ -90,7 +90,7 @@ def test_an_engine_that_sleeps_while_the_policy_learns_changes_nothing(
     half: Path, whole: Path, world: World, configure: Configure
 ) -> None:
     config = configure(half, "rollout.sleep=true")
-    changed = ["train.steps: 2 -> 4", "rollout.sleep: False -> True"]
+    changed = ["train.steps: 2 -> 4", "rollout.sleep: None -> True"]
     assert changed_settings(half, config)[1:] == changed  # the first is the copied folder
     train(config, world, quiet=True)
     assert_equal_runs(half, whole)

@@ -121,7 +121,7 @@ def test_it_teaches_and_exports(
     config = configure(tmp_path / "reinforced", f"model.path={out / 'model'}", *words)
     reinforced = step_lines(train(config, world, quiet=True))
     assert all(line["rate/specific"] > 0.3 and line["rate/format"] < 0.3 for line in reinforced)
-    assert all(line["policy/mismatch_max"] < 1e-4 for line in reinforced)
+    assert all(line["mismatch/max"] < 1e-4 for line in reinforced)
 
 
 def test_it_resumes_to_the_same_weights(configure: Configure, world: World, tmp_path: Path) -> None:

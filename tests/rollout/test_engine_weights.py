@@ -168,11 +168,18 @@ def test_sleep_keeps_the_weights(toy: Tiny, route: str) -> None:
     engine.sleep()
     with pytest.raises(RuntimeError, match="asleep.*wake"):
         engine.generate(requests(toy), Sampling())
-    with pytest.raises(RuntimeError, match="asleep.*wake"):
-        engine.load_weights([], version=1)
     engine.wake()
     engine.wake()
     assert outcome(sample(engine, toy)) == before
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_push_wakes(toy: Tiny, route: str, keep: bool) -> None:
+    engine, new = engine_of(toy, keep_weights=keep, route=route), learned(toy)
+    engine.sleep()
+    engine.load_weights(weights(new).items(), version=1)
+    assert outcome(sample(engine, toy)) == outcome(sample(engine_of(toy, new, route=route), toy))
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -78,7 +78,7 @@ def test_a_package_with_all_of_it_fits(tree: Tree, recorded: None) -> None:
         (ENGINE, "self, **kwargs", "self, model_path", "Engine.__init__(**)"),
         (ENGINE, "run_detokenizer_process_func", "other", "Engine.run_detokenizer_process_func"),
         (ENGINE, "self.loop", "self.event_loop", "Engine.loop"),
-        (ENGINE, "class Engine(EngineBase)", "class Engine", "Engine.flush_cache"),
+        (ENGINE, "class Engine(EngineBase)", "class Engine", "Engine.shutdown"),
         ("srt/entrypoints/base.py", "resume_memory_occupation(self, tags=None)",
          "resume_memory_occupation(self, kinds=None)", "Engine.resume_memory_occupation(tags)"),
         (MIXIN, "obj, request", "obj, req", "TokenizerManager.update_weights_from_tensor(request)"),
@@ -153,11 +153,12 @@ def test_what_may_be_missing(tree: Tree, recorded: None) -> None:
         (ENGINE, "*, stream=False", "*, priority", "Engine.async_generate is without stream"),
         (ENGINE, "*, stream=False", "*, stream",
          "Engine.async_generate: stream is required, was False"),
-        (ENGINE, "load_format=None, flush_cache=True", "load_format=None, flush_cache=False",
-         "Engine.update_weights_from_tensor: flush_cache is False, was True"),
-        (ENGINE, "load_format=None, flush_cache=True", "flush_cache=True, load_format=None",
-         "Engine.update_weights_from_tensor has its parts in another order: "
-         "named_tensors, flush_cache, load_format"),
+        (BUCKET, "named_tensors=None, flattened_tensor=None", "named_tensors=(), "
+         "flattened_tensor=None", "FlattenedTensorBucket.__init__: named_tensors is (), was None"),
+        (BUCKET, "named_tensors=None, flattened_tensor=None",
+         "flattened_tensor=None, named_tensors=None",
+         "FlattenedTensorBucket.__init__ has its parts in another order: "
+         "flattened_tensor, named_tensors, metadata"),
         (MESSAGES, "class Update", "    priority: int = 0\nclass Update",
          "UpdateWeightsFromTensorReqInput has a further priority = 0"),
         (SAMPLING, "    top_k: object = None", "    top_k: int = -1",

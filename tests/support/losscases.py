@@ -110,6 +110,9 @@ def formula(data: dict[str, Any], spec: LossSpec) -> tuple[Tensor, Tensor]:
         stats["kl_k1"] += -gap
         stats["kl_k3"] += math.exp(gap) - gap - 1
         stats["engine_mismatch"] += abs(mismatch)
+        stats["engine_k1"] += -mismatch
+        stats["engine_k3"] += math.expm1(mismatch) - mismatch
+        stats["engine_weight_squared"] += math.exp(mismatch) ** 2
         stats["importance_weight"] += 1.0 if cap is None else min(math.exp(mismatch), cap)
         stats["entropy"] += data["entropy"][token].item()
         stats["loss"] += loss.item()

@@ -151,11 +151,13 @@ def plain_table(model: Any, item: Item, banned: Sequence[int], temperature: floa
     """[completion, V] log-probs by transformers' own unpacked forward over the whole sequence."""
     ids = torch.cat([item.prompt.input_ids, torch.tensor(item.ids)])[None]
     images = dict(item.prompt.images)
-    images["pixel_values"] = images["pixel_values"].to(model.dtype)
+    if images:
+        images["pixel_values"] = images["pixel_values"].to(model.dtype)
     kinds = (ids == model.config.image_token_id).int()
     logits = model(input_ids=ids, mm_token_type_ids=kinds, use_cache=False, **images).logits[0]
     logits = logits[len(item.prompt.input_ids) - 1 : -1] / temperature
-    return logits.index_fill(1, torch.tensor(banned), float("-inf")).log_softmax(-1)
+    banned_ids = torch.tensor(banned, dtype=torch.long)
+    return logits.index_fill(1, banned_ids, float("-inf")).log_softmax(-1)
 
 
 def plain_logprobs(
