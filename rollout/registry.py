@@ -163,6 +163,7 @@ def _sglang(config: RolloutConfig, source: Source) -> RolloutEngine:
             launch,
             stop_ids=source.stop_ids,
             banned_ids=source.banned_ids,
+            decode=source.decode,
             longest=source.longest_prompt + config.max_new_tokens,
             bucket_bytes=config.bucket_mb << 20,
         )

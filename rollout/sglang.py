@@ -7,7 +7,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class SglangEngine:
         launch: how the engine is started; see `rollout_launch`.
         stop_ids: tokens that end a completion.
         banned_ids: tokens never sampled and masked in the log-probs.
+        decode: the tokenizer's, special tokens kept; for a stop text.
         longest: most tokens of a prompt and its completion together.
         bucket_bytes: most bytes of weights sent at once, see `Push`.
 
@@ -63,11 +64,13 @@ class SglangEngine:
         *,
         stop_ids: Sequence[int],
         banned_ids: Sequence[int],
+        decode: Callable[[list[int]], str],
         longest: int,
         bucket_bytes: int = 512 << 20,
     ) -> None:
         self.ranks = 1
         self._stops, self._banned = frozenset(stop_ids), frozenset(banned_ids)
+        self._decode = decode
         self._sleeps = launch.sleeps and launch.device == "cuda"
         self._keeps = launch.keep_weights
         self._asleep = self._shrunk = False
@@ -169,19 +172,26 @@ class SglangEngine:
         problem = answer if isinstance(answer, str) else ""
         ids: list[int] = []
         logprobs: list[float] = []
-        finish: FinishReason = "stop"
         version = -1
         if not isinstance(answer, str):
             ids = [token for _, token, *_ in answer["output_token_logprobs"]]
             logprobs = [logprob for logprob, *_ in answer["output_token_logprobs"]]
-            finish, version = answer["finish_reason"]["type"], _version(answer["weight_version"])
+            version = _version(answer["weight_version"])
             problem = self._problem(ids, logprobs, answer["finish_reason"], sampling)
         if problem:
             if problem not in self.dropped:
                 _LOG.warning("a completion is left out: %s", problem)
             self.dropped[problem] += 1
             return None
+        finish: FinishReason = "stop" if self._stopped(ids, sampling) else "length"
         return Rollout(request.prompt, request.group_key, sample_id, ids, logprobs, finish, version)
+
+    def _stopped(self, ids: Sequence[int], sampling: Sampling) -> bool:
+        """Whether it ended by itself; SGLang says "length" where that was at the limit."""
+        if ids[-1] in self._stops:
+            return True
+        text = sampling.stop_text
+        return bool(text) and text in self._decode(list(ids[-len(text) - 1 :]))
 
     def _problem(
         self,
@@ -201,8 +211,8 @@ class SglangEngine:
             return "it goes on after a stop token"
         if finish["type"] == "length" and len(ids) != sampling.max_new_tokens:
             return f"it was cut before {sampling.max_new_tokens} tokens"
-        if finish["type"] == "stop" and not (sampling.stop_text or ids[-1] in self._stops):
-            return "it ends with a token that is no stop token"
+        if finish["type"] == "stop" and not self._stopped(ids, sampling):
+            return "it ended without a stop token"
         return ""
 
 

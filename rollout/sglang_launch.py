@@ -288,6 +288,7 @@ def _release(engine: Any, loop: asyncio.AbstractEventLoop) -> None:
     for executor in [] if processor is None else vars(processor).values():
         if isinstance(executor, Executor):
             executor.shutdown(cancel_futures=True)
+    loop.run_until_complete(loop.shutdown_asyncgens())
     loop.run_until_complete(loop.shutdown_default_executor())
     loop.close()
     asyncio.set_event_loop(None)

@@ -8,7 +8,6 @@ ranks and ports that torchrun describes for its own.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import fcntl
 import logging
 import multiprocessing
@@ -99,7 +98,8 @@ def house_sharing() -> None:
     """Gives multiprocessing's socket for shared memory a private folder, for the life of this
     process: its own would stay on the disk after a kill."""
     folder = PrivateFolder()
-    atexit.register(folder.remove)
+    # After multiprocessing's own, which remove the socket.
+    multiprocessing.util.Finalize(None, folder.remove, exitpriority=-1000)
     before, tempfile.tempdir = tempfile.tempdir, folder.path
     try:
         multiprocessing.util.get_temp_dir()

@@ -34,6 +34,7 @@ class Case:
             rollout_launch(folder, "cpu", dtype="float32", most_requests=64, arguments={}),
             stop_ids=self.stops,
             banned_ids=self.tiny.banned,
+            decode=self.tiny.builder.tokenizer.decode,
             longest=LONGEST,
             bucket_bytes=BUCKET,
         )
@@ -120,6 +121,24 @@ def test_why_a_completion_ended(case: Case) -> None:
         assert (rollout.ids[-1] in case.stops) == stopped
         assert stopped or len(rollout.ids) == 8
         assert not set(rollout.ids[:-1]) & set(case.stops)
+
+
+@pytest.mark.parametrize("limit", [3, 6])
+def test_stop_at_a_text(case: Case, limit: int) -> None:
+    """The same as cutting greedy completions, which the text does not change, after it."""
+    decode = case.tiny.builder.tokenizer.decode
+    free = case.sample(Sampling(0.0, max_new_tokens=6), case.requests(1))
+    letters = Counter(letter for rollout in free for letter in {*decode(rollout.ids[1:])})
+    text = letters.most_common(1)[0][0]
+    cut = Sampling(0.0, max_new_tokens=limit, stop_text=text)
+    found = {r.group_key: r for r in case.sample(cut, case.requests(1))}
+    for rollout in free:
+        ends = [n for n in range(1, limit + 1) if text in decode(rollout.ids[:n])]
+        end = min([*ends[:1], len(rollout.ids), limit])
+        assert found[rollout.group_key].ids == rollout.ids[:end]
+        stopped = bool(ends) or rollout.ids[end - 1] in case.stops
+        assert (found[rollout.group_key].finish_reason == "stop") == stopped
+    assert any(rollout.finish_reason == "stop" for rollout in found.values())
 
 
 def test_groups_keep_order_and_may_be_abandoned(case: Case) -> None:
@@ -233,4 +252,4 @@ def test_samples_that_are_too_long_for_the_engine(model_dirs: dict[str, Path]) -
     few = {"max_total_tokens": 256}
     launch = rollout_launch(model_dirs["toy"], "cpu", most_requests=2, arguments=few)
     with pytest.raises(ValueError, match=r"up to 400 tokens .*max_prompt_tokens.* takes 2\d\d"):
-        SglangEngine(launch, stop_ids=(), banned_ids=(), longest=400)
+        SglangEngine(launch, stop_ids=(), banned_ids=(), decode=str, longest=400)
