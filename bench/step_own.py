@@ -70,7 +70,11 @@ class OwnStep:
         if not answers:
             parts.collector.close()
             parts.collector = AlternatingCollector(
-                parts.engine, parts.collector.judge, parts.builder, config.judge
+                parts.engine,
+                parts.collector.judge,
+                parts.builder,
+                config.judge,
+                timeline=parts.timeline,
             )
         self.trainer = _Noted(config, world, parts)
         self.meter = Meter()

@@ -46,6 +46,9 @@ class TrainConfig:
     """"auto", "cpu" or "cuda"."""
     samples_every: int = 10
     """Steps between samples written to samples.jsonl; 0 writes none."""
+    trace_steps: int = 0
+    """Steps from the start (or from where a run is resumed) whose timeline is written to
+    trace.json, for ui.perfetto.dev; -1 writes all."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.prompts < 1 or self.mini_batch < 1 or self.token_budget < 1:
@@ -58,6 +61,8 @@ class TrainConfig:
             raise ValueError(f"resume={self.resume!r}: one of auto, previous, never")
         if min(self.save_every, self.keep, self.threads, self.samples_every) < 0:
             raise ValueError("save_every, keep, threads and samples_every must not be negative")
+        if self.trace_steps < -1:
+            raise ValueError(f"trace_steps={self.trace_steps}: at least 0, or -1 for all steps")
         if not self.out:
             raise ValueError("out='': name the run folder")
         if self.device not in ("auto", "cpu", "cuda"):
@@ -85,6 +90,11 @@ class Config:
                 f"rollout.n={self.rollout.n} with objective.normalize: a group's standard "
                 "deviation needs at least 2 completions; raise rollout.n or set "
                 "objective.normalize=false"
+            )
+        if self.objective.normalize and self.rollout.n_start == 1:
+            raise ValueError(
+                "rollout.n_start=1 with objective.normalize: a group's standard deviation needs at "
+                "least 2 completions; raise rollout.n_start"
             )
         if self.model.head_mode == "chunked" and self.objective.loss.kind == "gspo":
             raise ValueError(

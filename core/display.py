@@ -40,6 +40,7 @@ LAYOUT: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
             ("time/learn", "learn", SECONDS),
             ("time/push", "push", SECONDS),
             ("time/other", "other", SECONDS),
+            ("time/idle", "idle", SECONDS),
         ),
     ),
     (
@@ -56,6 +57,16 @@ LAYOUT: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
             ("judge/model_calls", "asked", COUNT),
             ("judge/faults", "faults", COUNT),
             ("judge/agreement", "agree", SHARE),
+        ),
+    ),
+    (
+        "samples",
+        (
+            ("completions/count", "completions", COUNT),
+            ("groups/empty", "empty groups", COUNT),
+            ("adaptive/rounds", "rounds", COUNT),
+            ("adaptive/uncertain", "uncertain", SHARE),
+            ("adaptive/budget_used", "budget", SHARE),
         ),
     ),
     ("reward", (("reward/mean", "mean", NUMBER), ("groups/no_signal", "no signal", SHARE))),

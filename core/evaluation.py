@@ -20,6 +20,7 @@ from speciarl.rollout.engine import Sampling
 
 CHUNK = 64
 CHUNK_IN_TURN = 512  # with a judge for which the engine must sleep each time
+NO_ANSWER = "the engine gave no completion"
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def evaluate(
     wanted = [example for part in datasets.values() for example in part]
     there = {key for key, row in predictions.rows.items() if judged(row)}
     missing = [example for example in wanted if example.key not in there]
-    mine = world.part(missing, collector.engine.ranks)
+    mine = collector.share(missing, world)
     skipped: dict[str, str] = {}
     figures: Figures = {}
     chunks = CHUNK if collector.judge.concurrent else CHUNK_IN_TURN
@@ -190,6 +191,8 @@ def evaluate(
         skipped.update({e.key: store.problems[e.key] for e in chunk if e.key in store.problems})
         if work:
             groups, timing = collector.collect(work, k, sampling)
+            answered = {group.example.key for group in groups}
+            skipped.update({e.key: NO_ANSWER for e, _ in work if e.key not in answered})
             figures = summed([figures, timing.verdicts])
             if problem := too_many_faults(figures, collector.config.max_fault_share):
                 raise RuntimeError(f"the evaluation stopped: {problem}")
@@ -202,4 +205,5 @@ def evaluate(
         merge(rows, part.values())
     for bad in world.gather(skipped):
         skipped.update(bad)
+    skipped = {key: reason for key, reason in skipped.items() if key not in rows}
     return [rows[e.key] for e in wanted if e.key in rows], skipped

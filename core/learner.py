@@ -22,6 +22,7 @@ from speciarl.core.objective import ObjectiveConfig, sequence_weights
 from speciarl.core.optim import Optimizer
 from speciarl.core.plan import MicroBatch, plan
 from speciarl.core.policy import Policy
+from speciarl.core.timeline import Timeline
 from speciarl.core.world import World
 from speciarl.kernels import faults
 from speciarl.kernels.codes import ABSENT
@@ -97,6 +98,7 @@ class Learner:
         token_budget: tokens of a micro-batch.
         mini_batch: groups of an update.
         prompt_of: the prompt of an example, on any rank.
+        timeline: gets the parts of learning.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class Learner:
         token_budget: int,
         mini_batch: int,
         prompt_of: Callable[[Example], Prompt],
+        timeline: Timeline | None = None,
     ) -> None:
         self.policy = policy
         self.optimizer = optimizer
@@ -124,6 +127,7 @@ class Learner:
         self.token_budget = token_budget
         self.mini_batch = mini_batch
         self.prompt_of = prompt_of
+        self.timeline = timeline or Timeline(keep=False)
         self.normalize = bool(objective.normalize)
 
     def live(self, groups: Sequence[JudgedGroup]) -> np.ndarray:
@@ -190,19 +194,22 @@ class Learner:
         )
         advantages = result.advantages.reshape(-1)
         # With a single update the policy that samples is the policy that learns.
-        old = self._before(minis, self._old) if len(minis) > 1 else None
-        reference = self._before(minis, self._reference) if self.spec.kl_coef else None
+        with self.timeline.span("learn", "before the updates"):
+            old = self._before(minis, self._old) if len(minis) > 1 else None
+            reference = self._before(minis, self._reference) if self.spec.kl_coef else None
         stats, norms, skipped = [], [], []
         for index, mini in enumerate(minis):
-            stats.append(
-                self._accumulate(
-                    mini,
-                    advantages,
-                    old[index] if old else None,
-                    reference[index] if reference else None,
+            with self.timeline.span("learn", "forward and backward", update=index):
+                stats.append(
+                    self._accumulate(
+                        mini,
+                        advantages,
+                        old[index] if old else None,
+                        reference[index] if reference else None,
+                    )
                 )
-            )
-            norm, bad = self.optimizer.step(lr_of(index))
+            with self.timeline.span("learn", "optimizer", update=index):
+                norm, bad = self.optimizer.step(lr_of(index))
             norms.append(norm)
             skipped.append(bad)
         tokens = sum(s.tokens for mini in minis for s in mini.sequences)

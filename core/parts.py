@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from speciarl.core.checkpoint import CheckpointStore, check_shared
-from speciarl.core.collect import Collector
+from speciarl.core.collect import Collector, padded
 from speciarl.core.config import Config
 from speciarl.core.evaluation import Predictions, evaluate
 from speciarl.core.inputs import Data, default_cache, open_data, open_judge
@@ -26,6 +24,7 @@ from speciarl.core.policy import Policy
 from speciarl.core.prompts import PromptBuilder
 from speciarl.core.settings import to_dict
 from speciarl.core.stream import PromptStream
+from speciarl.core.timeline import Timeline
 from speciarl.core.world import World
 from speciarl.judge.settings import SAME
 from speciarl.rollout.engine import RolloutEngine
@@ -71,6 +70,7 @@ class Parts:
     stream: PromptStream
     store: CheckpointStore
     monitor: Monitor
+    timeline: Timeline
     config: Config
     world: World
 
@@ -146,7 +146,7 @@ def report_of(rows: Sequence[Mapping[str, Any]], skipped: Mapping[str, str]) -> 
             "nothing to evaluate: no [data.eval] table has a usable image"
             f"{'; one skipped: ' + reason if reason else ''}"
         )
-    codes = best_of_k(np.array([row["codes"] for row in rows], dtype=np.int8))
+    codes = best_of_k(padded([row["codes"] for row in rows]))
     return report(codes, [row["dataset"] for row in rows], [row["domain"] for row in rows])
 
 
@@ -208,6 +208,7 @@ def _build(
         engine.sleep()
         world.barrier()  # it may have been on other ranks' GPUs
     banned = tuple(data.builder.banned_ids)
+    timeline = Timeline()
     reference = bool(config.objective.kl_coef) and not supervised
     policy = Policy(config.model, world, banned, reference=reference, seed=config.train.seed)
     optimizer = Optimizer(config.optim, policy.parameters())
@@ -222,6 +223,7 @@ def _build(
         token_budget=config.train.token_budget,
         mini_batch=config.train.mini_batch,
         prompt_of=data.store.need,
+        timeline=timeline,
     )
     store = CheckpointStore(out, config.train.keep)
     monitor = open_monitor(config, world, store, quiet=quiet)
@@ -233,11 +235,12 @@ def _build(
         optimizer=optimizer,
         learner=learner,
         engine=engine,
-        collector=Collector(engine, judge, data.builder, config.judge, tell),
-        evaluator=Collector(engine, examiner, data.builder, examination, tell),
+        collector=Collector(engine, judge, data.builder, config.judge, tell, timeline),
+        evaluator=Collector(engine, examiner, data.builder, examination, tell, timeline),
         stream=stream,
         store=store,
         monitor=monitor,
+        timeline=timeline,
         config=config,
         world=world,
     )

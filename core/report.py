@@ -112,6 +112,8 @@ def step_scalars(
     scalars.update({f"rate/{_slug(name)}": rate for name, rate in tally.rates().items()})
     scalars["rate/unscored"] = sum(c.code < 0 for c in completions) / len(completions)
     scalars.update(judge_scalars(timing.verdicts))
+    scalars.update(timing.spent.scalars(adaptive=config.rollout.n_start > 0))
+    scalars["completions/count"] = float(len(completions))
     scalars["completions/tokens"] = sum(len(c.ids) for c in completions) / len(completions)
     scalars["completions/cut"] = sum(c.finish == "length" for c in completions) / len(completions)
     return scalars

@@ -6,7 +6,6 @@ loss differs.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import torch
@@ -33,19 +32,22 @@ class Supervised(Trainer):
 
     def step(self) -> None:
         """One update on `train.prompts` examples."""
-        start = time.perf_counter()
-        examples = self.parts.stream.draw(self.config.train.prompts)
+        self.timeline.begin(self.progress.step + 1)
+        with self.timeline.span("prompts"):
+            examples = self.parts.stream.draw(self.config.train.prompts)
         self.recent.append([{"step": self.progress.step, "key": e.key} for e in examples])
-        learned = self.learn(examples)
-        self.settle()
+        with self.timeline.span("learn"):
+            learned = self.learn(examples)
+            self.settle()
         self.progress.step += 1
         self.progress.updates += 1
         self.progress.position = self.parts.stream.position
         self.list_skipped()
-        seconds = time.perf_counter() - start
+        seconds, idle = self.timeline.finish()
         scalars = {
             "time/step": seconds,
             "time/learn": seconds,
+            "time/idle": idle,
             "tokens_per_s/learn": learned.tokens / seconds,
             "optim/lr": self.rate(-1),
             "skipped/prompts": float(len(self.progress.skipped_prompts)),

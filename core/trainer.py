@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 
 from speciarl.core.collect import JudgedGroup, Timing
 from speciarl.core.config import Config
-from speciarl.core.examples import Example
 from speciarl.core.learner import Learned
 from speciarl.core.mismatch import MismatchGuard
 from speciarl.core.optim import learning_rate
@@ -26,9 +24,11 @@ from speciarl.core.report import (
     sample_rows,
     step_scalars,
 )
-from speciarl.core.verdicts import all_ranks, too_many_faults
+from speciarl.core.rounds import Rounds
+from speciarl.core.timeline import Span
+from speciarl.core.tracefile import TraceFile
+from speciarl.core.verdicts import too_many_faults
 from speciarl.core.world import World
-from speciarl.rollout.engine import Sampling
 
 
 class TrainingStopped(RuntimeError):
@@ -61,6 +61,9 @@ class Trainer:
         self.config = config
         self.world = world
         self.parts = parts
+        self.rounds = Rounds(config, world, parts)
+        self.timeline = parts.timeline
+        self.trace = TraceFile(parts.out, world, config.train.trace_steps)
         self.progress = Progress()
         self.deferred = Deferred(world.device)
         self.guard = MismatchGuard(config.mismatch)
@@ -69,6 +72,8 @@ class Trainer:
     def run(self) -> None:
         """From the newest checkpoint, or the start, to the last step and the final model."""
         self.resume()
+        self.timeline.step = self.progress.step
+        self.trace.start(self.progress.step)
         self.parts.write_record()
         self.push()
         if self.progress.step == 0:
@@ -80,6 +85,7 @@ class Trainer:
                 self.evaluate()
             if self.due(self.config.train.save_every):
                 self.save()
+            self.trace.add(self.progress.step, self.timeline.take())
 
     def due(self, every: int) -> bool:
         """Whether something done every so many steps, and at the end, is to be done now."""
@@ -90,85 +96,37 @@ class Trainer:
 
     def step(self) -> None:
         """One step: generate and judge, score and learn, push the new weights."""
-        start = time.perf_counter()
-        groups, timing = self.collect()
+        self.timeline.begin(self.progress.step + 1)
+        groups, timing = self.rounds.collect(self.progress.step)
         self.check_versions(groups)
         if problem := too_many_faults(timing.verdicts, self.config.judge.max_fault_share):
             self.save()  # an outage of the judge costs this step, and none before it
             raise TrainingStopped(f"step {self.progress.step}: {problem}")
         self.recent.append(input_rows(self.progress.step, groups))
         if self.config.rollout.sleeps:
-            self.parts.engine.sleep()
+            with self.timeline.span("generate", "sleep"):
+                self.parts.engine.sleep()
             self.world.barrier()  # it may have been on other ranks' GPUs
-        learning = time.perf_counter()
-        learned = self.parts.learner.learn(groups, self.rate)
-        self.settle()
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize()
-        pushing = time.perf_counter()
+        with self.timeline.span("learn") as learning:
+            learned = self.parts.learner.learn(groups, self.rate)
+            self.settle()
+            if self.world.device.type == "cuda":
+                torch.cuda.synchronize()
         if learned is not None:
             self.progress.updates += len(learned.norms)
         self.progress.step += 1
         self.progress.position = self.parts.stream.position
-        self.push()
-        end = time.perf_counter()
+        pushing = self.push()
+        whole, idle = self.timeline.finish()
         times = {
             "time/generate": timing.generate,
             "time/judge": timing.judge,
-            "time/learn": pushing - learning,
-            "time/push": end - pushing,
-            "time/step": end - start,
+            "time/learn": learning.seconds,
+            "time/push": pushing.seconds,
+            "time/step": whole,
+            "time/idle": idle,
         }
         self.note(groups, learned, timing, times)
-
-    def collect(self) -> tuple[list[JudgedGroup], Timing]:
-        """Judged groups of this step, of all ranks, in prompt order.
-
-        With dynamic sampling, groups without signal are replaced by further prompts until the
-        step is full, `max_refills` rounds have gone by, or every example has had its turn.
-        """
-        objective, wanted = self.config.objective, self.config.train.prompts
-        total = Timing()
-        kept: list[JudgedGroup] = []
-        seen: set[str] = set()
-        for _ in range(1 + (objective.max_refills if objective.dynamic_sampling else 0)):
-            # The same prompt again would give the same completions again.
-            examples = [e for e in self.parts.stream.draw(wanted) if e.key not in seen]
-            if not examples:
-                break
-            seen.update(example.key for example in examples)
-            groups, timing = self.sample(examples)
-            total.add(timing)
-            if not objective.dynamic_sampling:
-                return groups, total
-            live = self.parts.learner.live(groups)
-            kept += [group for group, alive in zip(groups, live, strict=True) if alive]
-            if len(kept) >= wanted:
-                break
-        # Whole mini-batches only: an update of a few groups would weigh as much as a full one.
-        size = self.config.train.mini_batch
-        full = min(wanted, len(kept) // size * size) or len(kept)
-        return kept[:full] or groups, total
-
-    def sample(self, examples: list[Example]) -> tuple[list[JudgedGroup], Timing]:
-        """Every rank samples and judges its share; all ranks get all groups."""
-        rollout, world = self.config.rollout, self.world
-        sampling = Sampling(
-            temperature=rollout.temperature,
-            max_new_tokens=rollout.max_new_tokens,
-            stop_text=rollout.stop_text,
-            seed=self.config.train.seed,
-            step=self.progress.step,
-        )
-        mine = [
-            (e, self.parts.data.store.need(e))
-            for e in world.part(examples, self.parts.engine.ranks)
-        ]
-        groups, timing = self.parts.collector.collect(mine, rollout.n, sampling)
-        place = {example.key: index for index, example in enumerate(examples)}
-        everyone = [group for part in world.gather(groups) for group in part]
-        timing.verdicts = all_ranks(world.gather(timing.verdicts))
-        return sorted(everyone, key=lambda g: place[g.example.key]), timing
 
     def check_versions(self, groups: list[JudgedGroup]) -> None:
         """Refuses completions of other weights than the policy's, before anything is learnt."""
@@ -185,11 +143,13 @@ class Trainer:
         total = self.config.train.steps * self.updates_per_step
         return learning_rate(self.config.optim, max(0, self.progress.updates + update), total)
 
-    def push(self) -> None:
-        """New weights to the engine, stamped with the step that samples from them."""
-        self.parts.engine.load_weights(
-            self.parts.policy.named_weights(), version=self.progress.step
-        )
+    def push(self) -> Span:
+        """New weights to the engine, stamped with the step that samples from them; the time."""
+        with self.timeline.span("push") as pushing:
+            self.parts.engine.load_weights(
+                self.parts.policy.named_weights(), version=self.progress.step
+            )
+        return pushing
 
     # Statistics arrive one step late, so that the host never waits for the device.
 
@@ -260,7 +220,8 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint of everything the next step depends on."""
         self.settle()
-        self.parts.store.save(self.progress.step, self.tensors(), vars(self.progress))
+        with self.timeline.span("save"):
+            self.parts.store.save(self.progress.step, self.tensors(), vars(self.progress))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Trainable weights and optimizer state, sharded."""
@@ -299,5 +260,6 @@ class Trainer:
         self.settle()
         if not self.parts.data.eval:
             return
-        metrics = self.parts.evaluate(self.progress.step)
+        with self.timeline.span("evaluate"):
+            metrics = self.parts.evaluate(self.progress.step)
         self.parts.monitor.log(self.progress.step, evaluation_scalars(metrics))

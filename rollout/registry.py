@@ -35,7 +35,13 @@ class RolloutConfig:
     """"native": transformers' model with this package's own loop. "sglang": SGLang in this process,
     for GPUs; asleep while the policy learns."""
     n: int = 10
-    """Completions of each prompt: the group."""
+    """Completions of each prompt: the group. With `n_start`, their mean at most: a step's prompts
+    times n are its budget."""
+    n_start: int = 0
+    """Adaptive N: completions that every prompt gets first; those whose bar is uncertain then get
+    as many again and again, up to `n_max`, while the budget lasts. 0: each gets n at once."""
+    n_max: int = 0
+    """Most completions of a prompt where N is adaptive; 0 otherwise."""
     temperature: float = 1.0
     """Sampling temperature; log-probs are taken at the same temperature."""
     max_new_tokens: int = 2048
@@ -66,6 +72,13 @@ class RolloutConfig:
         for name in ("n", "max_new_tokens", "max_rows", "tp", "bucket_mb"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if (self.n_start, self.n_max) != (0, 0) and not (
+            1 <= self.n_start <= self.n <= self.n_max > self.n_start
+        ):
+            raise ValueError(
+                f"n_start={self.n_start}, n={self.n}, n_max={self.n_max}: adaptive N needs "
+                "1 <= n_start <= n <= n_max and n_start < n_max; both at 0 are off"
+            )
         if self.temperature <= 0:
             raise ValueError(
                 f"temperature={self.temperature}: training samples need a positive temperature"

@@ -42,6 +42,7 @@ Configure = Callable[..., Config]
         (("mismatch.alarm=nan",), r"mismatch: alarm=nan: must not be negative"),
         (("mismatch.jump=0.5",), r"mismatch: jump=0.5: must be above 1; 0 is off"),
         (("mismatch.min_ess=1.5",), r"mismatch: min_ess=1.5: must be in \[0, 1\]"),
+        (("train.trace_steps=-2",), r"train: trace_steps=-2: at least 0, or -1 for all"),
         (("train.out=",), r"train: out='': name the run folder"),
         (("reward.rule=speciarl-orderd",), r"reward rule = 'speciarl-orderd'.*'speciarl-ordered'"),
         (("reward.rule=table",), r"reward: table = None does not go with rule = 'table'"),

@@ -147,7 +147,7 @@ def test_what_cannot_be_scored_is_left_out(
     table = iter([[ABSENT] * 3, [W, S, ABSENT]])
     with monkeypatch.context() as patch:
         patch.setattr("speciarl.core.collect.codes_of", lambda *given: np.int8(next(table)))
-        groups, _ = trainer.collect()
+        groups, _ = trainer.rounds.collect(0)
     plan = trainer.parts.learner.plan(groups)
     scored = [(s.example.key, s.completion.code) for s in plan[0].sequences]
     assert scored == [(groups[1].example.key, W), (groups[1].example.key, S)]
@@ -188,10 +188,10 @@ def with_signal_every(
 ) -> list[JudgedGroup]:
     """Lets each n-th group have signal; returns the list into which sampled groups will go."""
     sampled: list[JudgedGroup] = []
-    sample = trainer.sample
+    sample = trainer.rounds.sample
 
-    def sampling(examples: list[Example]) -> object:
-        groups, timing = sample(examples)
+    def sampling(examples: list[Example], step: int) -> object:
+        groups, timing = sample(examples, step)
         for group in groups:
             codes = [S, W, W] if n and len(sampled) % n == 0 else [W, W, W]
             for completion, code in zip(group.completions, codes, strict=True):
@@ -199,7 +199,7 @@ def with_signal_every(
             sampled.append(group)
         return groups, timing
 
-    monkeypatch.setattr(trainer, "sample", sampling)
+    monkeypatch.setattr(trainer.rounds, "sample", sampling)
     return sampled
 
 
@@ -208,7 +208,7 @@ def test_dynamic_sampling_refills_with_groups_that_have_signal(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampled = with_signal_every(3, monkeypatch, trainer)
-    groups, timing = trainer.collect()
+    groups, timing = trainer.rounds.collect(0)
     assert len(sampled) == 12 and len({group.example.key for group in sampled}) == 12
     assert groups == sampled[::3]
     assert trainer.parts.stream.position == 12
@@ -220,7 +220,7 @@ def test_dynamic_sampling_gives_up_with_whole_mini_batches(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampled = with_signal_every(4, monkeypatch, trainer)  # 3 of the 12 that three rounds bring
-    groups, _ = trainer.collect()
+    groups, _ = trainer.rounds.collect(0)
     assert len(sampled) == 12 and groups == sampled[:8:4]
 
 

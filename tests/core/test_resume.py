@@ -14,6 +14,7 @@ from speciarl.core.learner import Learner
 from speciarl.core.report import changed_settings
 from speciarl.core.train import train
 from speciarl.core.world import World
+from tracecheck import read_trace
 
 WORDS = ("train.save_every=1", "train.keep=0", "train.steps=4")
 NO_EVALUATION = ("data.eval.birds=none", "data.eval.flowers=none")
@@ -89,11 +90,27 @@ def test_an_engine_that_sleeps_while_the_policy_learns_changes_nothing(
     half: Path, whole: Path, world: World, configure: Configure
 ) -> None:
     config = configure(half, "rollout.sleep=true")
-    changed = ["train.steps: 2 -> 4", "rollout.sleep: False -> True"]
+    changed = ["train.steps: 2 -> 4", "rollout.sleep: None -> True"]
     assert changed_settings(half, config)[1:] == changed  # the first is the copied folder
     train(config, world, quiet=True)
     assert_equal_runs(half, whole)
     assert changed_settings(half, config) == []
+
+
+def test_a_resumed_timeline_goes_on_and_tracing_changes_nothing(
+    whole: Path, world: World, configure: Configure, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    train(configure(out, "train.steps=2", "train.trace_steps=-1"), world, quiet=True)
+    train(configure(out, "train.trace_steps=1"), world, quiet=True)
+    assert_equal_runs(out, whole)
+    spans = read_trace(out / "trace.json")
+    saved = [span["args"]["step"] for span in spans if span["name"] == "save"]
+    assert saved == [1, 2, 3]
+    pushed = [span["args"]["step"] for span in spans if span["name"] == "push"]
+    assert pushed == [0, 1, 2, 2, 3]  # each start pushes first
+    starts = [span["ts"] for span in spans if span["name"] == "learn"]
+    assert starts == sorted(starts) and len(starts) == 3
 
 
 def test_a_run_that_died_in_a_step_repeats_it(

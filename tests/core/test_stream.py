@@ -1,8 +1,5 @@
 """The stream of prompts: one order for any number of ranks, bad images replaced and listed."""
 
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +12,7 @@ from speciarl.core.prompts import PromptBuilder
 from speciarl.core.stream import DataConfig, PromptStore, PromptStream
 from speciarl.core.train import train
 from speciarl.core.world import World
-
-
-@dataclass
-class Rank:
-    """A thread that is one of `size` ranks."""
-
-    rank: int
-    size: int
-    board: list[Any]
-    barrier: threading.Barrier
-
-    def gather(self, value: Any) -> list[Any]:
-        self.board[self.rank] = value
-        self.barrier.wait(30)
-        out = list(self.board)
-        self.barrier.wait(30)
-        return out
-
-
-def on_ranks(size: int, work: Callable[[Rank], Any]) -> list[Any]:
-    """What `work` returns on each of `size` ranks that run at the same time."""
-    board, barrier, results = [None] * size, threading.Barrier(size), [None] * size
-
-    def run(rank: int) -> None:
-        results[rank] = work(Rank(rank, size, board, barrier))
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
+from threadranks import Rank, on_ranks
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,7 @@ MIXED = (
     (ABSENT, ABSENT, ABSENT),
     (A, S_MINUS, W),
 )
+UNEVEN = ((W, S), (G, W, ABSENT, S_MINUS, S), (A,), (W, W, S))
 # Two sequences to learn from: with four ranks, two of them have nothing but fillers.
 SPARSE = ((W, W, W), (W, S, ABSENT), (G, G, G))
 
@@ -75,6 +76,7 @@ CASES = {
     ),
     "lora": Case(KL, model={"lora_rank": 4, "lora_alpha": 8.0}),
     "qwen3": Case(ObjectiveConfig(aggregation="sequence-mean", kl="k2"), kind="qwen3"),
+    "groups of several sizes": Case(KL, codes=UNEVEN, mini_batch=4),
     "two updates": Case(KL, mini_batch=3, lr=0.03, model={"reshard_after_forward": False}),
     "tied, loss in the head": Case(
         ObjectiveConfig(kl_coef=0.1, entropy_coef=0.01),
@@ -199,7 +201,7 @@ def _scored(case: Case, tiny: Tiny) -> list[tuple[Item, Completion, float, float
     rows = [
         (Item(tiny.prompt(group.example), c.ids), c, float(a))
         for group, row in zip(groups[: case.mini_batch], advantages, strict=False)
-        for c, a in zip(group.completions, row, strict=True)
+        for c, a in zip(group.completions, row, strict=False)  # rows are padded
         if c.code != ABSENT
     ]
     tokens = sum(len(item.ids) for item, _, _ in rows)
