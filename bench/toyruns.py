@@ -21,6 +21,7 @@ IN_DOMAIN, OUT_OF_DOMAIN = ("birds",), ("flowers", "cars")
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 TRAIN = Path(__file__).resolve().parent.parent / "core" / "train.py"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 CPU = "cpu_seconds.txt"
 Work = TypeVar("Work")
 
@@ -30,8 +31,8 @@ def evaluation(folder: Path, step: int) -> Path:
     return folder / "evaluation" / f"step-{step:06d}" / "metrics.json"
 
 
-def run(folder: Path, seed: int, steps: int, sets: Sequence[str]) -> Path:
-    """One training run, unless it is there already; returns its folder.
+def run(folder: Path, seed: int, steps: int, sets: Sequence[str], ranks: int = 1) -> Path:
+    """One training run of so many processes, unless it is there already; returns its folder.
 
     Raises:
         RuntimeError: the run failed; the message names its log.
@@ -48,7 +49,9 @@ def run(folder: Path, seed: int, steps: int, sets: Sequence[str]) -> Path:
         "evaluation.every=0",
         *sets,
     ]
-    command = [sys.executable, str(TRAIN), *(w for s in settings for w in ("--set", s))]
+    launcher = [*TORCHRUN, "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launcher, str(TRAIN)]
+    command += [word for setting in settings for word in ("--set", setting)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (folder / "log.txt").open("a") as log:
         child = subprocess.Popen(command, stdout=log, stderr=log, env=env)

@@ -159,7 +159,10 @@ class Collector:
     def _in_turn(
         self, answered: Sequence[Answered], watch: Watch, sampling: Sampling
     ) -> list[JudgedGroup]:
-        """All groups in one call, while the engine sleeps."""
+        """All groups in one call, while the engine sleeps; a rank without any wakes no judge, as
+        the engine of another may be on its GPU."""
+        if not answered:
+            return []
         with self.timeline.span("generate", "sleep"):
             self.engine.sleep()
         with self.timeline.span("judge", "wake"):

@@ -261,7 +261,7 @@ class Policy:
         for name, parameter in self._sharded.items():
             if ".lora_" in name:
                 continue
-            weight = whole(parameter)
+            weight = whole(parameter.to(self.dtype))  # cast first: half the traffic
             if name.endswith(".base_layer.weight"):
                 layer = name.removesuffix(".base_layer.weight")
                 a, b = (whole(self._sharded[f"{layer}.lora_{x}.default.weight"]) for x in "AB")

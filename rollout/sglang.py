@@ -25,7 +25,7 @@ from speciarl.rollout.engine import (
 )
 from speciarl.rollout.seeds import request_seed
 from speciarl.rollout.sglang_launch import Host
-from speciarl.rollout.sglang_push import Push, Pushed, manifest_of
+from speciarl.rollout.sglang_push import Push, Pushed, Span, manifest_of, no_span
 from speciarl.rollout.sglang_settings import Launch
 from speciarl.rollout.waves import Assembly, Row
 
@@ -82,6 +82,8 @@ class SglangEngine:
         """Completions that could not be used, by reason."""
         self.pushed = Pushed()
         """What the last push took."""
+        self.span: Span = no_span
+        """Reports what a push does; set by whoever keeps a timeline."""
         try:
             _require_length(longest, self._host.run(lambda engine: engine.get_server_info()))
         except BaseException:
@@ -115,7 +117,7 @@ class SglangEngine:
         """
         self.wake()
         self._unready = f"the push of version {version} was refused or not finished"
-        self.pushed = self._push.send(named_tensors, version)
+        self.pushed = self._push.send(named_tensors, version, self.span)
         self._unready = ""
 
     def forget(self) -> None:

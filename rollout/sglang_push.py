@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,12 @@ from speciarl.rollout.weights import Manifest
 
 _RENAMED = (("model.language_model.", "model."), ("model.visual.", "visual."))
 Named = tuple[str, Tensor]
+Span = Callable[..., AbstractContextManager[Any]]
+
+
+def no_span(*given: Any, **args: Any) -> AbstractContextManager[Any]:
+    """Reports to nobody."""
+    return nullcontext()
 
 
 def checkpoint_name(name: str) -> str:
@@ -80,20 +86,22 @@ class Push:
         self._host, self._manifest = host, manifest
         self._ranks, self._bucket_bytes = ranks, bucket_bytes
 
-    def send(self, named_tensors: Iterable[Named], version: int) -> Pushed:
+    def send(self, named_tensors: Iterable[Named], version: int, span: Span = no_span) -> Pushed:
         """All weights; completions that begin afterwards come stamped with `version`.
 
-        named_tensors: names and shapes of transformers' model, of tied ones either. Raises
+        named_tensors: names and shapes of transformers' model, of tied ones either; span: gets each
+        bucket's stretch of time. Raises
         WeightsRefused for an incomplete or unfitting push and what the engine would not take,
         EngineDead.
         """
         pushed, start = Pushed(), time.perf_counter()
         with self._session():
             for bucket in buckets(self._manifest.checked(named_tensors), self._bucket_bytes):
-                began = time.perf_counter()
-                pushed.bytes += sum(tensor.nbytes for _, tensor in bucket)
+                began, size = time.perf_counter(), sum(tensor.nbytes for _, tensor in bucket)
+                with span("push", "bucket", bytes=size):
+                    self._send_bucket(bucket, str(version))
+                pushed.bytes += size
                 pushed.buckets += 1
-                self._send_bucket(bucket, str(version))
                 pushed.send_seconds += time.perf_counter() - began
         pushed.seconds = time.perf_counter() - start
         return pushed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,16 @@ class TensorGroup:
         self._group = groups[rank // tp]
         self._engine: RolloutEngine | None = None
         self._engine = self._together(start)
+
+    @property
+    def span(self) -> Any:
+        """The engine's, see `timeline.Reporting`; on the owner."""
+        return getattr(self._engine, "span", None)
+
+    @span.setter
+    def span(self, span: Any) -> None:
+        if self._engine is not None:
+            self._engine.span = span  # type: ignore[attr-defined]
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Group]:
         """The owner's groups. Raises ValueError for requests to a rank that has no engine."""
