@@ -61,11 +61,7 @@ def table(results: dict[str, Any], base: dict[str, Any], title: str) -> Table:
             out.add_column(f"{where} {name}", justify="right")
     for name in ("max |difference|", "step", "generate", "push"):
         out.add_column(name, justify="right")
-    start = [
-        f"{part[f]:.3f}"
-        for part in base_figures(base)
-        for f in ("specificity", "correctness", "hm")
-    ]
+    start = [f"{part[name]:.3f}" for part in base_figures(base) for name in FIGURES]
     out.add_row("base", *start)
     for engine, found in results.items():
         times = [f"{found['seconds'][part]:.3f} s" for part in ("step", "generate", "push")]
