@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
-from speciarl.rollout.engine import RolloutEngine
+from speciarl.rollout.engine import EngineDead, RolloutEngine
 from speciarl.rollout.sglang_settings import parse_arguments
 from speciarl.rollout.stops import ANSWER_END
 
@@ -168,7 +168,22 @@ def _sglang(config: RolloutConfig, source: Source) -> RolloutEngine:
             bucket_bytes=config.bucket_mb << 20,
         )
 
-    return start() if config.tp == 1 else TensorGroup(config.tp, start)
+    _require_context(folder, source.longest_prompt + config.max_new_tokens)
+    try:
+        return start() if config.tp == 1 else TensorGroup(config.tp, start)
+    except (ImportError, ValueError, MemoryError, EngineDead) as error:
+        raise type(error)(f"rollout.engine='sglang': {error}") from error
+
+
+def _require_context(folder: Path, longest: int) -> None:
+    """Raises ValueError when the model cannot hold a prompt and its completion."""
+    context = AutoConfig.from_pretrained(folder).get_text_config().max_position_embeddings
+    if longest > context:
+        raise ValueError(
+            f"prompts and completions of up to {longest} tokens (data.max_prompt_tokens + "
+            f"rollout.max_new_tokens) do not fit into the model's context of {context}: lower "
+            "data.max_prompt_tokens (fewer image tokens, too) or rollout.max_new_tokens"
+        )
 
 
 ENGINES: dict[str, Callable[[RolloutConfig, Source], RolloutEngine]] = {
