@@ -81,11 +81,13 @@ class Parts:
 
     def write_record(self) -> None:
         """Settings, versions and the judges' identities, in the run folder."""
+        engine = self.collector.engine.about
         judges = {
             "judge": self.collector.judge.identity,
             "evaluation_judge": self.evaluator.judge.identity,
         }
-        self.monitor.write_run_record(versions=run_versions() | judges)
+        self.monitor.write_run_record(versions=run_versions() | judges | {"engine": engine})
+        self.monitor.message(f"rollouts: {engine}")
 
     def evaluate(self, step: int) -> Report:
         """Metrics of the engine's weights on every evaluation set; kept in the run folder."""

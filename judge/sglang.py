@@ -57,8 +57,8 @@ class SglangJudge:
         model: folder in HF layout, or a name on the hub. variant: of prompt.VARIANTS.
         dtype: auto (bf16 on CUDA, fp32 on a CPU, SGLang's choice for quantized weights), float32,
         bfloat16, float16.
-        memory: share of the GPU memory free at start, 0 is SGLang's choice; start the judge after
-        the rollout engine, while that sleeps. arguments: further server arguments of SGLang, such
+        memory: share of the GPU memory free at start, 0 is SGLang's choice; whatever shares the GPU
+        must sleep then, or start later. arguments: further server arguments of SGLang, such
         as tp_size, quantization, attention_backend; see `Launch`.
         Raises what `Host` raises, FileNotFoundError, or ValueError naming the setting, the
         tokenizer without single-token labels, or the context that is too short.

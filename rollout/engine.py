@@ -139,6 +139,8 @@ class Group:
 class RolloutEngine(Protocol):
     """Samples completions from a policy whose weights are pushed into it."""
 
+    about: str
+    """What it is, in a line for the run's record."""
     ranks: int
     """Neighbouring ranks that share the engine: the first of them gets their prompts, the others
     take part in its other calls."""

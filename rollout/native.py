@@ -84,6 +84,7 @@ class NativeEngine:
         self._banned = torch.tensor(sorted(set(banned_ids)), dtype=torch.long, device=self.device)
         self._fuses = route == "fused" or (route == "auto" and supports(language))
         self._fused = FusedText(language) if self._fuses else None
+        self.about = f"native engine, {'fused' if self._fuses else 'generic'} route"
         self._text_stop: TextStop | None = None
         self._shapes: list[torch.Size] = []
         self._loads = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from speciarl.rollout.engine import (
     WeightsRefused,
 )
 from speciarl.rollout.seeds import request_seed
+from speciarl.rollout.sglang_checks import require_shareable_memory
 from speciarl.rollout.sglang_launch import Host
 from speciarl.rollout.sglang_push import Push, Pushed, Span, manifest_of, no_span
 from speciarl.rollout.sglang_settings import Launch
@@ -69,6 +71,8 @@ class SglangEngine:
         bucket_bytes: int = 512 << 20,
     ) -> None:
         self.ranks = 1
+        if launch.device == "cuda":
+            require_shareable_memory(os.environ)
         self._stops, self._banned = frozenset(stop_ids), frozenset(banned_ids)
         self._decode = decode
         self._sleeps = launch.sleeps and launch.device == "cuda"
@@ -89,12 +93,9 @@ class SglangEngine:
         except BaseException:
             self._host.close()
             raise
-        seeds = launch.arguments.get("enable_deterministic_inference", False)
-        _LOG.info(
-            "rollouts by %s%s",
-            self._host.features.describe(),
-            "" if seeds else "; samples are not reproducible (enable_deterministic_inference)",
-        )
+        self.about = self._host.features.describe()
+        if not launch.arguments.get("enable_deterministic_inference"):
+            self.about += "; samples do not repeat (enable_deterministic_inference)"
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Group]:
         """Yield each group as soon as its last rollout is finished.

@@ -7,7 +7,7 @@ import inspect
 import json
 import re
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -96,6 +96,16 @@ def require_memory_saver(features: Features) -> None:
             "an SGLang engine that shares its GPU must sleep, and its memory saver is missing: "
             "pip install torch_memory_saver"
         )
+
+
+def require_shareable_memory(environment: Mapping[str, str]) -> None:
+    """Raises ValueError if an engine could not read weights in this process's GPU memory."""
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        if "expandable_segments:true" in environment.get(name, "").lower():
+            raise ValueError(
+                f"{name}={environment[name]}: expandable segments cannot be shared with an SGLang "
+                "engine, which reads pushed weights there: unset it"
+            )
 
 
 def require_known_model(folder: Path) -> None:

@@ -45,6 +45,7 @@ class TensorGroup:
         self._group = groups[rank // tp]
         self._engine: RolloutEngine | None = None
         self._engine = self._together(start)
+        self.about = f"{self._engine.about}, over {tp} ranks" if self._engine else ""
 
     @property
     def span(self) -> Any:

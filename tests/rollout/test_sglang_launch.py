@@ -53,6 +53,9 @@ def test_what_an_engine_cannot_be_given(tmp_path: Path) -> None:
     checks.require_arguments(["port"], NOW)
     with pytest.raises(ImportError, match="torch_memory_saver"):
         checks.require_memory_saver(NOW)
+    checks.require_shareable_memory({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"})
+    with pytest.raises(ValueError, match="PYTORCH_ALLOC_CONF=.*: unset it"):
+        checks.require_shareable_memory({"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
     (tmp_path / "model.safetensors").write_bytes(bytes(1 << 20))
     with pytest.raises(MemoryError, match=r"take 0\.0 GiB.*memory = 0\.5.*raise memory"):
         checks.require_room(tmp_path, 1, 2 << 20, 0.5)

@@ -54,6 +54,16 @@ def test_a_group_comes_with_its_last_rollout_in_the_order_of_its_requests() -> N
     assert [(r.prompt.key, r.sample_id) for r in pair] == [("a", 0), ("a", 1), ("c", 0), ("c", 1)]
 
 
+def test_a_group_does_without_what_cannot_be_used() -> None:
+    requests = [request("a", 3), request("b", 1)]
+    assembly = Assembly(requests)
+    assert list(assembly.add([(Row(0, 0), None), finished(requests, Row(0, 1))])) == []
+    (first,) = assembly.add([(Row(0, 2), None)])
+    (second,) = assembly.add([(Row(1, 0), None)])
+    assert (first.group_key, [r.sample_id for r in first.rollouts]) == ("a", [1])
+    assert (second.group_key, second.rollouts) == ("b", [])
+
+
 def test_distinct_prompts_are_by_identity_and_sorted() -> None:
     long, short = prompt("x", 9), prompt("x", 2)
     requests = [Request(p, str(i), (0,)) for i, p in enumerate((long, short, long))]
