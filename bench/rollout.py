@@ -8,8 +8,10 @@
 All sample N completions of the same image prompts with the same weights, dtype, threads, stop
 tokens and suppressed tokens; runs alternate, and ratios are taken run by run. The engines also
 return log-probs; `generate` is not asked for them. Every step begins as a training step does:
-nothing is left of the prompts of the step before. "sglang-no-prefix" is SGLang without its prefix
-cache. Without --model or --model-config it takes the toy base policy that ships with the package.
+nothing is left of the prompts of the step before. "sglang-primed" lets each prompt pass once before
+its samples are asked for, "sglang-no-prefix" has no prefix cache; "cached" is the share of the
+samples' prompt tokens that were found there. Without --model or --model-config it takes the toy
+base policy that ships with the package.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from speciarl.core.prompts import PromptBuilder
 from speciarl.core.toymodel import TOY_INSTRUCTION
 from speciarl.rollout.native import NativeEngine
 
-CONTENDERS = ("native", "sglang", "sglang-no-prefix", "generate")
+CONTENDERS = ("native", "sglang", "sglang-primed", "sglang-no-prefix", "generate")
 Runner = Callable[[int], Run]
 
 
@@ -61,12 +63,16 @@ def report(runs: dict[str, list[Run]], work: Work, title: str) -> dict[str, Any]
     click.echo(f"{title}; {machine}, {device}; torch {torch.__version__}, transformers "
                f"{transformers.__version__}")  # fmt: skip
     click.echo(", ".join(f"{name} {value}" for name, value in asdict(work).items()))
-    click.echo(f"{'median [min, max]':20}{'samples/s':>26}{'tokens/s':>34}{'tokens/sample':>16}")
+    columns = f"{'samples/s':>26}{'tokens/s':>34}{'tokens/sample':>16}{'cached':>9}"
+    click.echo(f"{'median [min, max]':20}{columns}")
     for name, done in runs.items():
         samples = spread([run.samples / run.seconds for run in done])
         tokens = spread([run.tokens / run.seconds for run in done])
         mean = sum(run.tokens for run in done) / sum(run.samples for run in done)
-        click.echo(f"{name:20}{samples:>26}{tokens:>34}{mean:16.1f}")
+        found = statistics.median(run.cached for run in done)
+        click.echo(
+            f"{name:20}{samples:>26}{tokens:>34}{mean:16.1f}" + (f"{found:9.0%}" if found else "")
+        )
     apart = ratios(runs)
     for name, values in apart.items():
         click.echo(f"{next(iter(runs)) + ' / ' + name:32}{spread(values):>26}")
@@ -110,14 +116,14 @@ class Contenders:
                 max_rows=rows,
             )  # fmt: skip
             return engine_run(engine, self.prompts, self.work)
-        return self._sglang(prefix=name == "sglang")
+        return self._sglang(prefix=name != "sglang-no-prefix", primes=name == "sglang-primed")
 
     def _model(self) -> Any:
         dtype = getattr(torch, self.work.dtype)
         model: Any = AutoModelForImageTextToText.from_pretrained(self.folder, dtype=dtype)
         return model.to(self.work.device).eval()
 
-    def _sglang(self, *, prefix: bool) -> Runner:
+    def _sglang(self, *, prefix: bool, primes: bool) -> Runner:
         from speciarl.rollout.sglang import SglangEngine, rollout_launch
 
         work = self.work
@@ -129,14 +135,17 @@ class Contenders:
         )  # fmt: skip
         engine = SglangEngine(
             launch, stop_ids=self.stops, banned_ids=self.builder.banned_ids,
-            decode=self.builder.decode, longest=longest,
+            decode=self.builder.decode, longest=longest, primes=primes,
         )  # fmt: skip
         self.opened.callback(engine.close)
         run = engine_run(engine, self.prompts, work)
 
         def from_scratch(step: int) -> Run:
             engine.forget()
-            return run(step)
+            before = engine.cached_tokens, engine.prompt_tokens
+            done = run(step)
+            cached, prompts = engine.cached_tokens - before[0], engine.prompt_tokens - before[1]
+            return replace(done, cached=cached / prompts)
 
         return from_scratch
 

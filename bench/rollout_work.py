@@ -42,6 +42,8 @@ class Run:
     seconds: float
     samples: int
     tokens: int
+    cached: float = 0.0
+    """Share of the samples' prompt tokens that an engine's prefix cache had."""
 
 
 def build_prompts(builder: PromptBuilder, count: int) -> list[Prompt]:

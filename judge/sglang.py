@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import threading
@@ -23,6 +22,7 @@ from speciarl.judge.tally import Tally
 from speciarl.rollout.engine import EngineDead
 from speciarl.rollout.sglang_launch import Host
 from speciarl.rollout.sglang_settings import Launch
+from speciarl.rollout.side_by_side import as_finished
 
 SOURCE = "model"
 _LOG = logging.getLogger(__name__)
@@ -216,13 +216,8 @@ async def _answers(
         return index, _scores(answer["meta_info"], labels)
 
     yield await ask(0)  # alone: those that follow find the instructions in the prefix cache
-    tasks = [asyncio.ensure_future(ask(index)) for index in range(1, len(prompts))]
-    try:
-        for task in asyncio.as_completed(tasks):
-            yield await task
-    finally:
-        for task in tasks:
-            task.cancel()
+    async for answer in as_finished(map(ask, range(1, len(prompts)))):
+        yield answer
 
 
 def _scores(meta: Mapping[str, Any], labels: Sequence[int]) -> tuple[list[float], int] | str:

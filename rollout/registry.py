@@ -59,6 +59,9 @@ class RolloutConfig:
     SGLang's own choice. While it generates, the trainer's shards and optimizer stay beside it."""
     tp: int = 1
     """sglang: GPUs that share one engine's weights; neighbouring ranks of one machine."""
+    prime: bool | None = None
+    """sglang: a prompt passes once before its samples are asked for, so that all of them find it in
+    the prefix cache. none: on a GPU; on a CPU it does not pay."""
     bucket_mb: int = 512
     """sglang: MiB of weights sent at once; a push takes twice that for a moment."""
     server_args: str = ""
@@ -166,6 +169,7 @@ def _sglang(config: RolloutConfig, source: Source) -> RolloutEngine:
             decode=source.decode,
             longest=source.longest_prompt + config.max_new_tokens,
             bucket_bytes=config.bucket_mb << 20,
+            primes=config.prime,
         )
 
     _require_context(folder, source.longest_prompt + config.max_new_tokens)

@@ -19,6 +19,7 @@ from speciarl.rollout.engine import (
     EngineDead,
     FinishReason,
     Group,
+    Prompt,
     Request,
     Rollout,
     Sampling,
@@ -29,6 +30,7 @@ from speciarl.rollout.sglang_checks import require_shareable_memory
 from speciarl.rollout.sglang_launch import Host
 from speciarl.rollout.sglang_push import Push, Pushed, Span, manifest_of, no_span
 from speciarl.rollout.sglang_settings import Launch
+from speciarl.rollout.side_by_side import as_finished
 from speciarl.rollout.waves import Assembly, Row
 
 _LOG = logging.getLogger(__name__)
@@ -43,10 +45,10 @@ _ENVIRONMENT = {
 class SglangEngine:
     """A RolloutEngine over one SGLang engine of this process.
 
-    Each sample is a request of its own, all at once; samples of a prompt share its keys and values
-    through SGLang's prefix cache. Asleep on a CUDA device, the engine holds no memory there; on a
-    CPU sleeping frees nothing. Samples are drawn by SGLang's own generator: they are reproducible
-    only with the server argument enable_deterministic_inference (each request carries its seed).
+    Each sample is a request of its own; the samples of a prompt share its keys and values through
+    SGLang's prefix cache. Asleep on a CUDA device, the engine holds no memory there; on a CPU
+    sleeping frees nothing. Samples are drawn by SGLang's own generator: they are reproducible only
+    with the server argument enable_deterministic_inference (each request carries its seed).
 
     Args:
         launch: how the engine is started; see `rollout_launch`.
@@ -55,6 +57,9 @@ class SglangEngine:
         decode: the tokenizer's, special tokens kept; for a stop text.
         longest: most tokens of a prompt and its completion together.
         bucket_bytes: most bytes of weights sent at once, see `Push`.
+        primes: a prompt of several samples passes once before they are asked for: sent at once
+            with it, most would find nothing in the prefix cache yet. None: on a CUDA device; on a
+            CPU attention costs the same with a cached prompt.
 
     Raises what `Host` raises, and ValueError when prompts and completions are too long for the
     model or for the engine's memory.
@@ -69,12 +74,14 @@ class SglangEngine:
         decode: Callable[[list[int]], str],
         longest: int,
         bucket_bytes: int = 512 << 20,
+        primes: bool | None = None,
     ) -> None:
         self.ranks = 1
         if launch.device == "cuda":
             require_shareable_memory(os.environ)
         self._stops, self._banned = frozenset(stop_ids), frozenset(banned_ids)
         self._decode = decode
+        self._primes = launch.device == "cuda" if primes is None else primes
         self._sleeps = launch.sleeps and launch.device == "cuda"
         self._keeps = launch.keep_weights
         self._asleep = self._shrunk = False
@@ -84,6 +91,8 @@ class SglangEngine:
         self._push = Push(self._host, manifest, launch.tp_size, bucket_bytes)
         self.dropped: Counter[str] = Counter()
         """Completions that could not be used, by reason."""
+        self.prompt_tokens = self.cached_tokens = 0
+        """Of all samples so far, and how many of them were in the prefix cache."""
         self.pushed = Pushed()
         """What the last push took."""
         self.span: Span = no_span
@@ -166,7 +175,7 @@ class SglangEngine:
         parameters = _parameters(sampling, self._stops, self._banned)
 
         def answers(engine: Any) -> AsyncIterator[tuple[Row, Mapping[str, Any] | str]]:
-            return _answers(engine, requests, sampling, parameters)
+            return _answers(engine, requests, sampling, parameters, self._primes)
 
         for row, answer in self._host.stream(answers) if requests else ():
             rollout = self._rollout(requests[row.request], row.sample_id, sampling, answer)
@@ -184,6 +193,8 @@ class SglangEngine:
             ids = [token for _, token, *_ in answer["output_token_logprobs"]]
             logprobs = [logprob for logprob, *_ in answer["output_token_logprobs"]]
             version = _version(answer["weight_version"])
+            self.prompt_tokens += answer["prompt_tokens"]
+            self.cached_tokens += answer["cached_tokens"]
             problem = self._problem(ids, logprobs, answer["finish_reason"], sampling)
         if problem:
             if problem not in self.dropped:
@@ -256,32 +267,46 @@ def _parameters(
 
 
 async def _answers(
-    engine: Any, requests: Sequence[Request], sampling: Sampling, parameters: dict[str, Any]
+    engine: Any,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    parameters: dict[str, Any],
+    primes: bool,
 ) -> AsyncIterator[tuple[Row, Mapping[str, Any] | str]]:
-    """The meta_info of each sample as the engine finishes it, or why it took no such request."""
+    """The meta_info of each sample as the engine finishes it, or why it took no such request.
+
+    primes: a prompt of several samples passes once before they are asked for.
+    """
+
+    async def send(prompt: Prompt, **how: Any) -> Any:
+        images = [{**prompt.images, "format": "processor_output"}] if prompt.images else None
+        return await engine.async_generate(
+            input_ids=prompt.input_ids.tolist(), image_data=images, **how
+        )
 
     async def ask(row: Row) -> tuple[Row, Mapping[str, Any] | str]:
         prompt = requests[row.request].prompt
         seed = request_seed(sampling.seed, sampling.step, prompt.key, row.sample_id)
-        images = [{**prompt.images, "format": "processor_output"}] if prompt.images else None
         try:
-            answer = await engine.async_generate(
-                input_ids=prompt.input_ids.tolist(),
-                image_data=images,
-                sampling_params={**parameters, "sampling_seed": seed},
-                return_logprob=True,
-            )
+            if row.request in first:
+                await first[row.request]
+            given = {**parameters, "sampling_seed": seed}
+            answer = await send(prompt, sampling_params=given, return_logprob=True)
         except ValueError as error:
             return row, f"refused by SGLang: {error}"
         return row, answer["meta_info"]
 
+    first = {
+        i: asyncio.ensure_future(send(request.prompt, sampling_params={"max_new_tokens": 0}))
+        for i, request in enumerate(requests)
+        if primes and len(request.sample_ids) > 1
+    }
     rows = [Row(i, sample) for i, request in enumerate(requests) for sample in request.sample_ids]
-    tasks = [asyncio.ensure_future(ask(row)) for row in rows]
     try:
-        for task in asyncio.as_completed(tasks):
-            yield await task
+        async for answer in as_finished(map(ask, rows)):
+            yield answer
     finally:
-        for task in tasks:
+        for task in first.values():
             task.cancel()
 
 

@@ -1,6 +1,7 @@
 """Rollouts by the real SGLang, against transformers' own unpacked forward of the same weights."""
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -37,6 +38,7 @@ class Case:
             decode=self.tiny.builder.tokenizer.decode,
             longest=LONGEST,
             bucket_bytes=BUCKET,
+            primes=folder.name != "toy",
         )
         self.version = 0
 
@@ -154,6 +156,17 @@ def test_groups_keep_order_and_may_be_abandoned(case: Case) -> None:
     case.sample(Sampling(max_new_tokens=3))
 
 
+def test_samples_find_their_prompt_in_the_cache(case: Case) -> None:
+    case.push()  # which empties it
+    engine = case.engine
+    asked, found = engine.prompt_tokens, engine.cached_tokens
+    case.sample(Sampling(max_new_tokens=2), case.requests(10))
+    prompts = sum(len(prompt.input_ids) for prompt in case.tiny.prompts.values())
+    assert engine.prompt_tokens - asked == 10 * prompts
+    if case.tiny.folder.name != "toy":  # every sample but for the last token of its prompt
+        assert engine.cached_tokens - found == 10 * (prompts - len(case.tiny.prompts))
+
+
 def test_what_sglang_refuses_is_left_out_and_counted(case: Case) -> None:
     good = next(iter(case.tiny.prompts.values()))
     ids = good.input_ids.new_full((100_000,), 5)
@@ -191,6 +204,14 @@ def test_a_push_is_a_fresh_load(case: Case, tmp_path: Path) -> None:
     loaded = list(native.generate(case.requests(1), Sampling(0.0, max_new_tokens=4)))
     ids = {group.group_key: group.rollouts[0].ids for group in loaded}
     assert {rollout.group_key: rollout.ids for rollout in now} == ids
+
+
+def test_pushes_leave_nothing_open(case: Case) -> None:
+    case.push()
+    before = len(os.listdir("/proc/self/fd")), sorted(os.listdir("/dev/shm"))
+    for _ in range(5):
+        case.push()
+    assert (len(os.listdir("/proc/self/fd")), sorted(os.listdir("/dev/shm"))) == before
 
 
 def faulty(case: Case) -> dict[str, list[tuple[str, Tensor]]]:
