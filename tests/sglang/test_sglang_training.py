@@ -14,7 +14,7 @@ import pytest
 
 import speciarl.core
 import speciarl.core.train
-from runs import Sets, lines, open_trainer, run_config, settings, step_lines
+from runs import Sets, json_of, lines, open_trainer, run_config, settings, step_lines
 from speciarl.core.trainer import TrainingStopped
 from speciarl.core.world import World
 from speciarl.rollout.sglang_child import SHARED
@@ -195,3 +195,23 @@ def test_a_lost_push(toy_root: Path, tmp_path: Path, world: World, checked: bool
         assert any("engine and trainer differ by" in line and "jump" in line for line in told)
     finally:
         trainer.parts.close()
+
+
+def test_a_judge_in_turn_with_the_engine(
+    start: Start, judge_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Two engines of one process: verdicts of a random judge, learnt from like others."""
+    judge = (f"judge.model={judge_dirs['qwen2']}", "judge.kind=sglang", "judge.cache=")
+    more = ("objective.kl_coef=0.01", "train.trace_steps=-1", "train.steps=2")
+    finish(start("turns", "rollout.engine=sglang", *judge, *more), tmp_path / "turns.log")
+    steps = step_lines(tmp_path / "turns")
+    assert len(steps) == 2
+    assert all(line["judge/model_calls"] > 0 and line["judge/faults"] == 0 for line in steps)
+    assert_close_to_trainer(tmp_path / "turns")
+    spans = {
+        (event["cat"], event["name"])
+        for event in json_of(tmp_path / "turns" / "trace.json")["traceEvents"]
+        if event["ph"] == "X"
+    }
+    turns = {("generate", "sleep"), ("judge", "wake"), ("judge", "grade"), ("judge", "sleep")}
+    assert turns | {("generate", "generate"), ("push", "bucket"), ("learn", "learn")} <= spans
