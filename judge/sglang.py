@@ -21,8 +21,8 @@ from speciarl.judge.prompt import DEFAULT_VARIANT, prompt_id
 from speciarl.judge.tally import Tally
 from speciarl.rollout.engine import EngineDead
 from speciarl.rollout.sglang_launch import Host
+from speciarl.rollout.sglang_requests import answer_of, as_finished
 from speciarl.rollout.sglang_settings import Launch
-from speciarl.rollout.side_by_side import as_finished
 
 SOURCE = "model"
 _LOG = logging.getLogger(__name__)
@@ -203,17 +203,15 @@ async def _answers(
     the reason why there are none."""
 
     async def ask(index: int) -> tuple[int, Any]:
-        try:
-            answer = await engine.async_generate(
-                input_ids=list(prompts[index]),
-                sampling_params={"max_new_tokens": 0, "temperature": 1.0},
-                return_logprob=True,
-                logprob_start_len=-1,
-                token_ids_logprob=list(labels),
-            )
-        except ValueError as error:  # a prompt that SGLang refuses
-            return index, f"refused by SGLang: {error}"
-        return index, _scores(answer["meta_info"], labels)
+        answer = await answer_of(
+            engine,
+            input_ids=list(prompts[index]),
+            sampling_params={"max_new_tokens": 0, "temperature": 1.0},
+            return_logprob=True,
+            logprob_start_len=-1,
+            token_ids_logprob=list(labels),
+        )
+        return index, answer if isinstance(answer, str) else _scores(answer, labels)
 
     yield await ask(0)  # alone: those that follow find the instructions in the prefix cache
     async for answer in as_finished(map(ask, range(1, len(prompts)))):

@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from speciarl.rollout.engine import (
     EngineDead,
     FinishReason,
     Group,
-    Prompt,
     Request,
     Rollout,
     Sampling,
     WeightsRefused,
 )
-from speciarl.rollout.seeds import request_seed
 from speciarl.rollout.sglang_checks import require_shareable_memory
 from speciarl.rollout.sglang_launch import Host
+from speciarl.rollout.sglang_memory import CACHE, WEIGHTS, DeviceMemory
 from speciarl.rollout.sglang_push import Push, Pushed, Span, manifest_of, no_span
+from speciarl.rollout.sglang_requests import Answer, samples, sampling_parameters
 from speciarl.rollout.sglang_settings import Launch
-from speciarl.rollout.side_by_side import as_finished
 from speciarl.rollout.waves import Assembly, Row
 
 _LOG = logging.getLogger(__name__)
-_BANNED = -1e9  # added to a logit: far below all others in any dtype, and no infinity
-_WOKEN_FIRST = ["weights", "cuda_graph"]  # the push needs them, keys and values come after it
 _ENVIRONMENT = {
     "SGLANG_VLM_CACHE_SIZE_MB": "0",  # image features would survive a push of new weights
     "SGLANG_RETURN_ORIGINAL_LOGPROB": "0",
@@ -84,10 +78,11 @@ class SglangEngine:
         self._primes = launch.device == "cuda" if primes is None else primes
         self._sleeps = launch.sleeps and launch.device == "cuda"
         self._keeps = launch.keep_weights
-        self._asleep = self._shrunk = False
+        self._asleep = False
         self._unready = ""
         manifest = manifest_of(launch.model)
         self._host = Host(launch)
+        self._memory = DeviceMemory(self._host.run)
         self._push = Push(self._host, manifest, launch.tp_size, bucket_bytes)
         self.dropped: Counter[str] = Counter()
         """Completions that could not be used, by reason."""
@@ -114,9 +109,7 @@ class SglangEngine:
         RuntimeError (asleep).
         """
         self._require_ready()
-        if self._shrunk:
-            self._host.run(lambda engine: engine.resume_memory_occupation(["kv_cache"]))
-            self._shrunk = False
+        self._memory.take(CACHE)
         return self._groups(list(requests), sampling)
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
@@ -140,9 +133,7 @@ class SglangEngine:
         if self._asleep:
             return
         if self._sleeps:
-            self._host.run(lambda engine: engine.release_memory_occupation())
-            torch.cuda.empty_cache()
-            self._shrunk = True
+            self._memory.release()
             if not self._keeps:
                 self._unready = "the weights were dropped by sleep()"
         self._asleep = True
@@ -150,9 +141,7 @@ class SglangEngine:
     def wake(self) -> None:
         """Take back the memory of the weights; that of keys and values comes with `generate`."""
         self.check()
-        if self._asleep and self._sleeps:
-            torch.cuda.empty_cache()
-            self._host.run(lambda engine: engine.resume_memory_occupation(_WOKEN_FIRST))
+        self._memory.take(WEIGHTS)
         self._asleep = False
 
     def check(self) -> None:
@@ -172,37 +161,38 @@ class SglangEngine:
 
     def _groups(self, requests: list[Request], sampling: Sampling) -> Iterator[Group]:
         assembly = Assembly(requests)
-        parameters = _parameters(sampling, self._stops, self._banned)
+        parameters = sampling_parameters(sampling, self._stops, self._banned)
 
-        def answers(engine: Any) -> AsyncIterator[tuple[Row, Mapping[str, Any] | str]]:
-            return _answers(engine, requests, sampling, parameters, self._primes)
+        def answers(engine: Any) -> AsyncIterator[tuple[Row, Answer]]:
+            return samples(engine, requests, sampling, parameters, self._primes)
 
         for row, answer in self._host.stream(answers) if requests else ():
             rollout = self._rollout(requests[row.request], row.sample_id, sampling, answer)
             yield from assembly.add([(row, rollout)])
 
     def _rollout(
-        self, request: Request, sample_id: int, sampling: Sampling, answer: Mapping[str, Any] | str
+        self, request: Request, sample_id: int, sampling: Sampling, answer: Answer
     ) -> Rollout | None:
-        """The completion in an answer's meta_info; None, and counted, if it cannot be used."""
-        problem = answer if isinstance(answer, str) else ""
-        ids: list[int] = []
-        logprobs: list[float] = []
-        version = -1
-        if not isinstance(answer, str):
-            ids = [token for _, token, *_ in answer["output_token_logprobs"]]
-            logprobs = [logprob for logprob, *_ in answer["output_token_logprobs"]]
-            version = _version(answer["weight_version"])
-            self.prompt_tokens += answer["prompt_tokens"]
-            self.cached_tokens += answer["cached_tokens"]
-            problem = self._problem(ids, logprobs, answer["finish_reason"], sampling)
-        if problem:
-            if problem not in self.dropped:
-                _LOG.warning("a completion is left out: %s", problem)
-            self.dropped[problem] += 1
+        """The completion of an answer; None, and counted, if it cannot be used."""
+        if isinstance(answer, str):
+            self._drop(answer)
+            return None
+        ids = [token for _, token, *_ in answer["output_token_logprobs"]]
+        logprobs = [logprob for logprob, *_ in answer["output_token_logprobs"]]
+        self.prompt_tokens += answer["prompt_tokens"]
+        self.cached_tokens += answer["cached_tokens"]
+        if problem := self._problem(ids, logprobs, answer["finish_reason"]["type"], sampling):
+            self._drop(problem)
             return None
         finish: FinishReason = "stop" if self._stopped(ids, sampling) else "length"
+        version = _version(answer["weight_version"])
         return Rollout(request.prompt, request.group_key, sample_id, ids, logprobs, finish, version)
+
+    def _drop(self, reason: str) -> None:
+        """Counts a completion that cannot be used; the first for a reason is told."""
+        if reason not in self.dropped:
+            _LOG.warning("a completion is left out: %s", reason)
+        self.dropped[reason] += 1
 
     def _stopped(self, ids: Sequence[int], sampling: Sampling) -> bool:
         """Whether it ended by itself; SGLang says "length" where that was at the limit."""
@@ -212,24 +202,20 @@ class SglangEngine:
         return bool(text) and text in self._decode(list(ids[-len(text) - 1 :]))
 
     def _problem(
-        self,
-        ids: Sequence[int],
-        logprobs: Sequence[float],
-        finish: Mapping[str, Any],
-        sampling: Sampling,
+        self, ids: Sequence[int], logprobs: Sequence[float], finish: str, sampling: Sampling
     ) -> str:
         """What is wrong with a completion; "" if nothing is. Raises EngineDead: not finite."""
         if not all(map(math.isfinite, logprobs)):
             raise EngineDead("SGLang's logits are not finite")
-        if finish["type"] not in ("stop", "length"):
-            return f"SGLang ended it: {finish.get('message') or finish['type']}"
+        if finish not in ("stop", "length"):
+            return f"SGLang ended it: {finish}"
         if not ids or self._banned.intersection(ids):
             return "it is empty" if not ids else "it holds a banned token"
         if self._stops.intersection(ids[:-1]):
             return "it goes on after a stop token"
-        if finish["type"] == "length" and len(ids) != sampling.max_new_tokens:
+        if finish == "length" and len(ids) != sampling.max_new_tokens:
             return f"it was cut before {sampling.max_new_tokens} tokens"
-        if finish["type"] == "stop" and not self._stopped(ids, sampling):
+        if finish == "stop" and not self._stopped(ids, sampling):
             return "it ended without a stop token"
         return ""
 
@@ -244,70 +230,6 @@ def rollout_launch(
     """
     ours: dict[str, object] = {"max_running_requests": most_requests, "weight_version": "0"}
     return Launch(model, device, arguments={**ours, **arguments}, environment=_ENVIRONMENT, **how)
-
-
-def _parameters(
-    sampling: Sampling, stops: frozenset[int], banned: frozenset[int]
-) -> dict[str, Any]:
-    """SGLang's sampling parameters, but for the seed."""
-    parameters: dict[str, Any] = {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k or -1,
-        "max_new_tokens": sampling.max_new_tokens,
-        "stop_token_ids": sorted(stops),
-        "logit_bias": {str(token): _BANNED for token in sorted(banned)},
-    }
-    if not stops:
-        parameters["ignore_eos"] = True
-    if sampling.stop_text:
-        # A plain stop string is sought only where the tokenizer would have put it.
-        parameters["stop_regex"] = re.escape(sampling.stop_text)
-    return parameters
-
-
-async def _answers(
-    engine: Any,
-    requests: Sequence[Request],
-    sampling: Sampling,
-    parameters: dict[str, Any],
-    primes: bool,
-) -> AsyncIterator[tuple[Row, Mapping[str, Any] | str]]:
-    """The meta_info of each sample as the engine finishes it, or why it took no such request.
-
-    primes: a prompt of several samples passes once before they are asked for.
-    """
-
-    async def send(prompt: Prompt, **how: Any) -> Any:
-        images = [{**prompt.images, "format": "processor_output"}] if prompt.images else None
-        return await engine.async_generate(
-            input_ids=prompt.input_ids.tolist(), image_data=images, **how
-        )
-
-    async def ask(row: Row) -> tuple[Row, Mapping[str, Any] | str]:
-        prompt = requests[row.request].prompt
-        seed = request_seed(sampling.seed, sampling.step, prompt.key, row.sample_id)
-        try:
-            if row.request in first:
-                await first[row.request]
-            given = {**parameters, "sampling_seed": seed}
-            answer = await send(prompt, sampling_params=given, return_logprob=True)
-        except ValueError as error:
-            return row, f"refused by SGLang: {error}"
-        return row, answer["meta_info"]
-
-    first = {
-        i: asyncio.ensure_future(send(request.prompt, sampling_params={"max_new_tokens": 0}))
-        for i, request in enumerate(requests)
-        if primes and len(request.sample_ids) > 1
-    }
-    rows = [Row(i, sample) for i, request in enumerate(requests) for sample in request.sample_ids]
-    try:
-        async for answer in as_finished(map(ask, rows)):
-            yield answer
-    finally:
-        for task in first.values():
-            task.cancel()
 
 
 def _version(stamp: str) -> int:

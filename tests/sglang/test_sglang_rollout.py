@@ -2,6 +2,7 @@
 
 import math
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -182,6 +183,23 @@ def test_what_sglang_refuses_is_left_out_and_counted(case: Case) -> None:
     ((reason, count),) = case.engine.dropped.items()
     assert reason.startswith("refused by SGLang: ") and count == 3
     case.engine.dropped.clear()
+
+
+def test_what_is_aborted_is_left_out_and_counted(case: Case) -> None:
+    host = case.engine._host
+    groups = case.engine.generate(case.requests(4), Sampling(0.5, max_new_tokens=50))
+
+    def abort() -> None:
+        host._engine.tokenizer_manager.abort_request(abort_all=True)
+
+    threading.Timer(0.05, lambda: host._loop.call_soon_threadsafe(abort)).start()
+    found = {group.group_key: len(group.rollouts) for group in groups}
+    assert found.keys() == case.tiny.prompts.keys()
+    lost = 4 * len(found) - sum(found.values())
+    assert 0 < lost == case.engine.dropped.total()
+    assert all(reason.startswith("aborted by SGLang: ") for reason in case.engine.dropped)
+    case.engine.dropped.clear()
+    case.sample(Sampling(max_new_tokens=2))
 
 
 # Pushes. The images of all tests were seen by the engine before the first of them.
