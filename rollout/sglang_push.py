@@ -89,10 +89,9 @@ class Push:
     def send(self, named_tensors: Iterable[Named], version: int, span: Span = no_span) -> Pushed:
         """All weights; completions that begin afterwards come stamped with `version`.
 
-        named_tensors: names and shapes of transformers' model, of tied ones either; span: gets each
-        bucket's stretch of time. Raises
-        WeightsRefused for an incomplete or unfitting push and what the engine would not take,
-        EngineDead.
+        named_tensors: names and shapes of transformers' model, of tied ones either. span: gets each
+        bucket's stretch of time. Raises WeightsRefused for an incomplete or unfitting push and for
+        what the engine would not take, EngineDead.
         """
         pushed, start = Pushed(), time.perf_counter()
         with self._session():
@@ -103,6 +102,8 @@ class Push:
                 pushed.bytes += size
                 pushed.buckets += 1
                 pushed.send_seconds += time.perf_counter() - began
+        if torch.cuda.is_available():
+            torch.cuda.ipc_collect()  # the last buckets, which the engine has let go of
         pushed.seconds = time.perf_counter() - start
         return pushed
 
