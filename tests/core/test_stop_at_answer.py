@@ -91,6 +91,6 @@ def test_a_run_learns_from_completions_without_an_end_of_turn(
         assert completion.finish == "stop"
         assert not set(completion.ids) & set(trainer.parts.builder.stop_ids)
     for line in step_lines(trainer.parts.out):
-        assert line["policy/mismatch_max"] < 1e-4
+        assert line["mismatch/max"] < 1e-4
         assert line["skipped/updates"] == 0 and line["policy/grad_norm"] > 0
         assert line["rate/format"] < 0.1 and line["completions/cut"] < 0.1
