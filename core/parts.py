@@ -199,7 +199,8 @@ def _build(
     examination = config.evaluation.judged_by(config.judge)
     apart = config.evaluation.judge.kind != SAME
     examiner = open_judge(examination, every, truths, cache) if apart else judge
-    opened.callback(examiner.close)
+    if apart:
+        opened.callback(examiner.close)
     batch = config.train.prompts if config.data.drop_last else 1
     stream = PromptStream(data.train, data.store, world, config.train.seed, batch)
     stream.require(config.train.prompts)
