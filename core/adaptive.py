@@ -74,14 +74,16 @@ class Spent:
     """... of so many that could have been."""
     uncertain: int = 0
     """Prompts whose bar was uncertain at the end."""
+    lost: int = 0
+    """Completions asked for that the engine did not give."""
 
     def __add__(self, other: Spent) -> Spent:
         return Spent(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def scalars(self, adaptive: bool) -> dict[str, float]:
-        """groups/empty (a count); where N is adaptive also rounds (a count), shares of prompts
-        still uncertain and of the budget used."""
-        found = {"groups/empty": float(self.empty)}
+        """groups/empty, completions/lost (counts); where N is adaptive also rounds (a count), and
+        the shares of prompts still uncertain and of the budget used."""
+        found = {"groups/empty": float(self.empty), "completions/lost": float(self.lost)}
         if adaptive:
             found["adaptive/rounds"] = float(self.rounds)
             found["adaptive/uncertain"] = self.uncertain / max(self.prompts, 1)

@@ -64,6 +64,7 @@ LAYOUT: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
         (
             ("completions/count", "completions", COUNT),
             ("groups/empty", "empty groups", COUNT),
+            ("completions/lost", "lost", COUNT),
             ("adaptive/rounds", "rounds", COUNT),
             ("adaptive/uncertain", "uncertain", SHARE),
             ("adaptive/budget_used", "budget", SHARE),

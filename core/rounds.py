@@ -97,6 +97,7 @@ class Rounds:
             asked=int(asked.sum()),
             budget=budget,
             uncertain=int(uncertain(codes_matrix(groups)).sum()),
+            lost=int(asked.sum()) - sum(len(group.completions) for group in groups),
         )
         return found, total
 

@@ -99,15 +99,16 @@ def test_how_the_groups_are_numbered_changes_only_who_gets_the_rest(
 
 
 def test_what_was_spent_adds_up() -> None:
-    first = Spent(prompts=4, empty=1, rounds=3, asked=30, budget=40, uncertain=2)
-    both = first + Spent(prompts=4, rounds=1, asked=10, budget=40)
+    first = Spent(prompts=4, empty=1, rounds=3, asked=30, budget=40, uncertain=2, lost=4)
+    both = first + Spent(prompts=4, rounds=1, asked=10, budget=40, lost=1)
     assert both.scalars(adaptive=True) == {
         "groups/empty": 1,
+        "completions/lost": 5,
         "adaptive/rounds": 4,
         "adaptive/uncertain": 0.25,
         "adaptive/budget_used": 0.5,
     }
-    assert first.scalars(adaptive=False) == {"groups/empty": 1}
+    assert first.scalars(adaptive=False) == {"groups/empty": 1, "completions/lost": 4}
 
 
 @pytest.mark.parametrize(

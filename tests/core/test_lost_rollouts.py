@@ -59,7 +59,7 @@ def test_a_step_learns_from_what_is_left(
     trainer.settle()
     trainer.parts.close()
     first, second = step_lines(tmp_path / "run")
-    counted = ("groups/count", "groups/empty", "completions/count")
-    assert [first[name] for name in counted] == [3, 1, 7]
-    assert [second[name] for name in counted] == [4, 0, 12]
+    counted = ("groups/count", "groups/empty", "completions/count", "completions/lost")
+    assert [first[name] for name in counted] == [3, 1, 7, 5]
+    assert [second[name] for name in counted] == [4, 0, 12, 0]
     assert first["mismatch/max"] < 1e-4 and trainer.progress.updates == 4

@@ -182,6 +182,7 @@ def test_what_the_engine_loses_is_left_out_and_a_group_without_any_counted(
     scalars = step_scalars(config, groups, None, timing, times, alone)  # type: ignore[arg-type]
     assert scalars["groups/count"] == 7 and scalars["groups/empty"] == 1
     assert scalars["completions/count"] == sum(map(len, by_key.values()))
+    assert scalars["completions/lost"] == timing.spent.asked - scalars["completions/count"]
     assert scalars["rate/unscored"] == 0
     assert sum(v for name, v in scalars.items() if name.startswith("rate/")) == pytest.approx(1)
     assert ("adaptive/rounds" in scalars) == (words == ADAPTIVE)
