@@ -21,6 +21,7 @@ from speciarl.rollout.sglang_settings import Launch
 
 psutil = pytest.importorskip("psutil", reason="SGLang is not installed: make test-sglang")
 RANK = Path(enginerank.__file__)
+QUIT = signal.getsignal(signal.SIGQUIT)  # a job in the background of a shell ignores it
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
@@ -136,7 +137,7 @@ def test_a_start_that_fails_says_why(judge_dirs: dict[str, Path], tmp_path: Path
     left = {child.pid: child for child in psutil.Process().children(recursive=True)}
     assert [c.cmdline() for pid, c in left.items() if pid not in before and not _tracker(c)] == []
     assert set(SHARED.glob("sgl*")) == shared
-    assert signal.getsignal(signal.SIGQUIT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGQUIT) is QUIT
 
 
 def _tracker(process: Any) -> bool:
@@ -157,7 +158,7 @@ def test_what_no_engine_can_be_started_for(judge_dirs: dict[str, Path], tmp_path
         Host(Launch(unknown, "cpu"))
     with pytest.raises(ValueError, match="no server argument 'tp_sise': did you mean tp_size"):
         Host(Launch(judge_dirs["qwen2"], "cpu", arguments={"tp_sise": 2}))
-    assert signal.getsignal(signal.SIGQUIT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGQUIT) is QUIT
 
 
 def test_a_script_without_a_guard_says_so(judge_dirs: dict[str, Path], tmp_path: Path) -> None:
