@@ -58,8 +58,7 @@ class Supervised(Trainer):
         """The engine gets the weights only when it is asked something."""
         self.push()
         super().evaluate()
-        if self.config.rollout.sleeps:
-            self.parts.engine.sleep()
+        self.rest()
 
     def learn(self, examples: Sequence[Example]) -> Learned:
         """Mean cross-entropy over all answer tokens of all ranks; one update."""

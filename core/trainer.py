@@ -103,10 +103,7 @@ class Trainer:
             self.save()  # an outage of the judge costs this step, and none before it
             raise TrainingStopped(f"step {self.progress.step}: {problem}")
         self.recent.append(input_rows(self.progress.step, groups))
-        if self.config.rollout.sleeps:
-            with self.timeline.span("generate", "sleep"):
-                self.parts.engine.sleep()
-            self.world.barrier()  # it may have been on other ranks' GPUs
+        self.rest()
         with self.timeline.span("learn") as learning:
             learned = self.parts.learner.learn(groups, self.rate)
             self.settle()
@@ -127,6 +124,13 @@ class Trainer:
             "time/idle": idle,
         }
         self.note(groups, learned, timing, times)
+
+    def rest(self) -> None:
+        """The engine leaves its memory to the policy, on every GPU that it is on."""
+        if self.config.rollout.sleeps:
+            with self.timeline.span("generate", "sleep"):
+                self.parts.engine.sleep()
+            self.world.barrier()
 
     def check_versions(self, groups: list[JudgedGroup]) -> None:
         """Refuses completions of other weights than the policy's, before anything is learnt."""
