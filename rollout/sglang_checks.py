@@ -131,7 +131,7 @@ def require_port(port: int) -> None:
         except (OSError, OverflowError) as error:
             raise ValueError(
                 f"port = {port} cannot be used by the SGLang engine ({error}): "
-                "give another first port, or 0 for any that is free"
+                "give another first port, or none: any that is free"
             ) from None
 
 
