@@ -28,17 +28,12 @@ from speciarl.bench.toyruns import (
     cpu_seconds,
     evaluation,
     interval,
+    logged,
     outcome,
     run,
     run_all,
     write_record,
 )
-
-
-def logged(folder: Path) -> list[dict[str, float]]:
-    """What a run logged of each step."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if "time/step" in line]
 
 
 def total(folders: Sequence[Path], name: str) -> list[float]:

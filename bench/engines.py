@@ -25,18 +25,13 @@ from speciarl.bench.toyruns import (
     base_figures,
     cells,
     evaluation,
+    logged,
     outcome,
     run,
     write_record,
 )
 
 PARTS = ("generate", "learn", "push", "step", "idle")
-
-
-def logged(folder: Path) -> list[dict[str, float]]:
-    """What a run logged of each step."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if "time/step" in line]
 
 
 def result(folders: Sequence[Path], steps: int) -> dict[str, Any]:

@@ -82,6 +82,12 @@ def run_all(work: Sequence[Work], one: Callable[[Work], Path], jobs: int = 0) ->
     return folders
 
 
+def logged(folder: Path) -> list[dict[str, float]]:
+    """What a run logged of each step."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if "time/step" in line]
+
+
 def figures(path: Path, names: Sequence[str]) -> dict[str, float]:
     """Mean of each figure over the named data sets."""
     sets = json.loads(path.read_text())["datasets"]
