@@ -161,8 +161,8 @@ def main(
     with ExitStack() as stack:
         model = TOYBASE
         if model_config:
-            folder = Path(world.gather(tempfile.mkdtemp(prefix="speciarl-push-"))[0])
-            model = folder / "model"
+            made = stack.enter_context(tempfile.TemporaryDirectory()) if world.main else ""
+            model = Path(world.gather(made)[0], "model")
             world.first(
                 lambda: (
                     model.exists() or save_random(model, model_config, image_tokens, world.device)
