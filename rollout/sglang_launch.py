@@ -194,6 +194,9 @@ class Host:
             torch.cuda.set_device(int(str(arguments["base_gpu_id"])))
         self._engine = RankEngine.__new__(RankEngine)
         self._engine.__init__(**arguments)
+        if self._engine.loop is not self._loop:  # 0.5.17 makes one of its own
+            self._loop.close()
+            self._loop = self._engine.loop
         self._engine.tokenizer_manager._subprocess_watchdog.stop()  # `_require_alive` does it
         for file in shared_memory(folder, queues=False):
             # The tracker of multiprocessing removes it even after a kill of this process.

@@ -187,13 +187,21 @@ def test_what_sglang_refuses_is_left_out_and_counted(case: Case) -> None:
 
 def test_what_is_aborted_is_left_out_and_counted(case: Case) -> None:
     host = case.engine._host
-    groups = case.engine.generate(case.requests(4), Sampling(0.5, max_new_tokens=50))
+    groups = case.engine.generate(case.requests(4), Sampling(0.5, max_new_tokens=400))
+    over = threading.Event()
 
     def abort() -> None:
         host._engine.tokenizer_manager.abort_request(abort_all=True)
 
-    threading.Timer(0.05, lambda: host._loop.call_soon_threadsafe(abort)).start()
+    def keep_aborting() -> None:  # whatever has arrived at the scheduler by then
+        while not over.wait(0.02):
+            host._loop.call_soon_threadsafe(abort)
+
+    thread = threading.Thread(target=keep_aborting)
+    thread.start()
     found = {group.group_key: len(group.rollouts) for group in groups}
+    over.set()
+    thread.join()
     assert found.keys() == case.tiny.prompts.keys()
     lost = 4 * len(found) - sum(found.values())
     assert 0 < lost == case.engine.dropped.total()
