@@ -1,6 +1,5 @@
 """Rollouts by the real SGLang, against transformers' own unpacked forward of the same weights."""
 
-import math
 import os
 import threading
 from collections import Counter
@@ -290,7 +289,6 @@ def test_sleep_and_wake(case: Case) -> None:
     case.push()
     case.sample(Sampling(max_new_tokens=2), case.requests(1))
     case.engine.check()
-    assert all(map(math.isfinite, (case.engine.pushed.seconds, case.engine.pushed.send_seconds)))
 
 
 def test_samples_that_are_too_long_for_the_engine(model_dirs: dict[str, Path]) -> None:
